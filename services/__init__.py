@@ -1,0 +1,1 @@
+"""The services of the mesh, one package each; `runtime` is how a process behaves, `cli` wires several into one."""

@@ -1,0 +1,152 @@
+"""The in-process channel of the compact topology.
+
+Generated stubs take it like any channel. A call goes to the wrapped handler of the method table without serialisation: same
+interceptors, deadline, metadata and errors as over a socket. The one difference callers must know: messages are shared, so
+neither side may change a message that it has handed over.
+
+Errors are raised as `Failure`, as the link does; `asyncio.CancelledError` only when the calling task is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from typing import Any, cast
+
+from google.protobuf.message import Message
+
+from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Call, Caller
+from services.runtime.dispatch import Method, Table
+from services.runtime.errors import Failure, Reason, deadline_exceeded
+
+MetadataLike = Iterable[tuple[str, str]]
+
+
+class _Bounded:
+    """Awaits a handler, bounded by a deadline, and sets the timer only if the handler really waits.
+
+    Most handlers of a hot path end in their first step; a timer for each would cost more than they do.
+    """
+
+    __slots__ = ("_awaitable", "_deadline", "_what")
+
+    def __init__(self, awaitable: Awaitable[Any], deadline: float, what: str) -> None:
+        self._awaitable = awaitable
+        self._deadline = deadline
+        self._what = what
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        inner = self._awaitable.__await__()
+        try:
+            pending = next(inner)
+        except StopIteration as done:
+            return done.value
+        task = asyncio.current_task()
+        assert task is not None, "an in-process call needs a running task"
+        loop = asyncio.get_running_loop()
+        expired = False
+
+        def expire() -> None:
+            nonlocal expired
+            expired = True
+            task.cancel()
+
+        timer = loop.call_at(self._deadline, expire)
+        try:
+            while True:
+                try:
+                    sent = yield pending
+                except GeneratorExit:
+                    cast(Any, inner).close()
+                    raise
+                except BaseException as thrown:
+                    pending = cast(Any, inner).throw(thrown)
+                else:
+                    pending = inner.send(sent)
+        except StopIteration as done:
+            if expired and task.uncancel() > 0:
+                raise asyncio.CancelledError from None
+            return done.value
+        except asyncio.CancelledError:
+            if expired and task.uncancel() == 0:
+                raise deadline_exceeded(self._what) from None
+            raise
+        finally:
+            timer.cancel()
+
+
+class InprocChannel:
+    """A channel to services of this process.
+
+    `table` is called at each first use of a method, so that services may be wired in any order; a method that is not in the
+    table yet is UNAVAILABLE. `caller` is who the callee sees.
+    """
+
+    def __init__(self, table: Callable[[], Table], caller: Caller) -> None:
+        self._table = table
+        self._caller = caller
+
+    def _method(self, path: str) -> Method:
+        method = self._table().get(path)
+        if method is None:
+            raise Failure(
+                Reason.DEPENDENCY_UNAVAILABLE,
+                f"nothing in this process serves {path!r}",
+                metadata={"dependency": path},
+                retry_delay=1.0,
+            )
+        return method
+
+    def unary_unary(self, method: str, *_: Any, **__: Any) -> Callable[..., Awaitable[Any]]:
+        """The multi-callable of a unary method: `await callable(request, timeout=…, metadata=…)`."""
+        resolved: Method | None = None
+
+        def call(
+            request: Message, *, timeout: float | None = None, metadata: MetadataLike | None = None, **_: Any
+        ) -> Awaitable[Any]:
+            nonlocal resolved
+            if resolved is None:
+                resolved = self._method(method)
+            deadline = asyncio.get_running_loop().time() + (DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout)
+            context = Call(method, deadline, dict(metadata) if metadata else {}, self._caller)
+            handler = resolved.unary
+            assert handler is not None, f"{method} is streaming"
+            return _Bounded(handler(request, context), deadline, method)
+
+        return call
+
+    def unary_stream(self, method: str, *_: Any, **__: Any) -> Callable[..., AsyncIterator[Any]]:
+        """The multi-callable of a server-streaming method: `async for reply in callable(request, timeout=…, metadata=…)`.
+
+        The iterator must be read to its end or closed (`contextlib.aclosing`); closing it cancels the call.
+        """
+        resolved: Method | None = None
+
+        def call(
+            request: Message, *, timeout: float | None = None, metadata: MetadataLike | None = None, **_: Any
+        ) -> AsyncIterator[Any]:
+            nonlocal resolved
+            if resolved is None:
+                resolved = self._method(method)
+            deadline = asyncio.get_running_loop().time() + (DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout)
+            context = Call(method, deadline, dict(metadata) if metadata else {}, self._caller)
+            handler = resolved.stream
+            assert handler is not None, f"{method} is unary"
+            return _stream(handler(request, context), deadline, method)
+
+        return call
+
+
+async def _stream(replies: AsyncIterator[Any], deadline: float, what: str) -> AsyncIterator[Any]:
+    try:
+        step = replies.__anext__
+        while True:
+            try:
+                reply = await _Bounded(step(), deadline, what)
+            except StopAsyncIteration:
+                return
+            yield reply
+    finally:
+        close = getattr(replies, "aclose", None)
+        if close is not None:
+            await close()
