@@ -1,0 +1,44 @@
+"""What every client command needs: the running mesh, a console, failures shown as words and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from services.cli.client import Client, connect
+from services.cli.state import READY_NAME, Ready, default_state_dir
+
+StateDirOption = Annotated[
+    Path | None,
+    typer.Option("--state-dir", help="State directory of the running `sluice up`. Default: $SLUICE_STATE_DIR, else ~/.local/state/sluice."),
+]
+TimeoutOption = Annotated[float, typer.Option("--timeout", help="Seconds that the call may take.", min=0.001)]
+KeyOption = Annotated[str | None, typer.Option("--key", envvar="SLUICE_KEY", help="Key to call with. Default: the one that `up` made.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+class Session:
+    """A client command's connection to the running mesh; failures leave it as `Failure` for `main` to show."""
+
+    def __init__(self, state_dir: Path | None, timeout: float, *, key: str | None = None) -> None:
+        self.console = Console()
+        self.errors = Console(stderr=True)
+        self.timeout = timeout
+        self.ready = Ready.read((state_dir or default_state_dir()) / READY_NAME)
+        self._key = key
+        self._stack = contextlib.ExitStack()
+        self.client: Client
+
+    def __enter__(self) -> Session:
+        self.client = self._stack.enter_context(connect(self.ready, key=self._key))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.close()

@@ -1,0 +1,1 @@
+"""Programs of the house: generated code, locks, tools that tests need. Nothing here ships."""
