@@ -14,6 +14,9 @@ DEFAULT_TIMEOUT_SECONDS: Final = 60.0
 
 Metadata = tuple[tuple[str, str], ...]
 
+FORWARDED: Final = frozenset({"x-request-id", "traceparent", "tracestate"})
+"""Metadata that travels with a request through the mesh."""
+
 _EMPTY: Final[Mapping[str, str]] = MappingProxyType({})
 
 
@@ -51,10 +54,12 @@ class Call:
     method: str
     """Full method name, `/sluice.routing.v1.RoutingService/Plan`."""
     deadline: float
-    metadata: Mapping[str, str] = _EMPTY
+    metadata: Mapping[str, str] = field(default_factory=lambda: _EMPTY)
     caller: Caller = ANONYMOUS
     forward: Metadata = field(default=())
     """Metadata to pass on with calls made on behalf of this one: `x-request-id`, `traceparent`."""
+    span: object | None = None
+    """The trace's span of this call, when traces are on; the telemetry module knows its type."""
 
     def time_left(self) -> float:
         """Seconds until the deadline; negative when it has passed."""

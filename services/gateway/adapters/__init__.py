@@ -1,0 +1,1 @@
+"""What translates between the gateway's ports and the contracts of other services."""

@@ -1,0 +1,170 @@
+"""Operation ids, and what makes a repeated request one operation."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from services.runtime.errors import Failure, Reason
+
+_ALPHABET: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_PAIRS: Final = tuple(high + low for high in _ALPHABET for low in _ALPHABET)
+_COUNTER_MASK: Final = (1 << 30) - 1
+
+Result = TypeVar("Result")
+
+
+class OperationIds:
+    """Makes ids of 26 characters in Crockford's base 32, sortable by time: 48 bits of milliseconds (as in a ULID), 50 random bits of
+    this process, 30 bits that count. Unique as long as a process makes fewer than 2^30 within a millisecond.
+    """
+
+    def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
+        self._clock = clock
+        random = secrets.randbits(50)
+        self._process = "".join(_PAIRS[random >> shift & 1023] for shift in (40, 30, 20, 10, 0))
+        self._count = secrets.randbits(29)
+        self._millisecond = -1
+        self._prefix = ""
+
+    def create(self) -> str:
+        """The next id."""
+        millisecond = self._clock() // 1_000_000
+        if millisecond > self._millisecond:
+            # A clock set back must not break the order: the last prefix stays until time has caught up.
+            self._millisecond = millisecond
+            self._prefix = "".join(_PAIRS[millisecond >> shift & 1023] for shift in (40, 30, 20, 10, 0)) + self._process
+        self._count = count = (self._count + 1) & _COUNTER_MASK
+        return self._prefix + _PAIRS[count >> 20] + _PAIRS[count >> 10 & 1023] + _PAIRS[count & 1023]
+
+
+class Shared(Generic[Result]):
+    """One operation that several callers wait for. `events` is what a stream has yielded so far, in order."""
+
+    __slots__ = ("_changed", "events", "failure", "fingerprint", "result", "size", "waiters", "work")
+
+    def __init__(self, fingerprint: bytes) -> None:
+        self.fingerprint = fingerprint
+        self.events: list[object] = []
+        self.result: Result | None = None
+        self.failure: BaseException | None = None
+        self.waiters = 0
+        self.size = 0
+        self.work: asyncio.Task[None] | None = None
+        self._changed: asyncio.Event = asyncio.Event()
+
+    def is_done(self) -> bool:
+        """Whether the result or the failure is there."""
+        return self.result is not None or self.failure is not None
+
+    def add(self, event: object) -> None:
+        """Appends a piece of a stream."""
+        self.events.append(event)
+        self._wake()
+
+    def finish(self, result: Result) -> None:
+        """Sets the result. The pieces are dropped: the result has all that a replay needs."""
+        self.result = result
+        self._wake()
+
+    def fail(self, failure: BaseException) -> None:
+        """Sets the failure, which every waiter gets."""
+        self.failure = failure
+        self._wake()
+
+    async def change(self) -> None:
+        """Returns when something was added since this call began."""
+        await self._changed.wait()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayLimits:
+    """Bounds of what is remembered for replays."""
+
+    max_count: int
+    max_bytes: int
+    max_seconds: float
+
+
+class Requests(Generic[Result]):
+    """Operations by (tenant, request id): under way, or finished and remembered for a while.
+
+    Failed and cancelled operations are forgotten at once, so that a retry runs again. When memory is short the oldest finished ones
+    go first; a request id that was forgotten is a new operation.
+    """
+
+    def __init__(self, limits: ReplayLimits, clock: Callable[[], float]) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._running: dict[tuple[str, str], Shared[Result]] = {}
+        self._done: OrderedDict[tuple[str, str], tuple[float, Shared[Result]]] = OrderedDict()
+        self._bytes = 0
+
+    def find(self, tenant_id: str, request_id: str, fingerprint: bytes) -> Shared[Result] | None:
+        """The operation of this request id, if any. Failure REQUEST_ID_REUSED when it had another body."""
+        key = (tenant_id, request_id)
+        shared = self._running.get(key)
+        if shared is None:
+            self._expire()
+            entry = self._done.get(key)
+            if entry is None:
+                return None
+            shared = entry[1]
+        if shared.fingerprint != fingerprint:
+            raise Failure(
+                Reason.REQUEST_ID_REUSED,
+                f"request id {request_id!r} was used with another request; send a new id with a new request",
+                metadata={"request_id": request_id},
+            )
+        return shared
+
+    def begin(self, tenant_id: str, request_id: str, fingerprint: bytes) -> Shared[Result]:
+        """Registers a new operation. Failure OVERLOADED when too many are under way."""
+        if len(self._running) >= self._limits.max_count:
+            raise Failure(Reason.OVERLOADED, "too many requests with a request id are under way; retry later", retry_delay=1.0)
+        shared: Shared[Result] = Shared(fingerprint)
+        self._running[tenant_id, request_id] = shared
+        return shared
+
+    def end(self, tenant_id: str, request_id: str, shared: Shared[Result], size: int) -> None:
+        """Moves an operation to the finished ones, or forgets it when it has no result. `size` is its weight in bytes."""
+        key = (tenant_id, request_id)
+        if self._running.get(key) is shared:
+            del self._running[key]
+        shared.work = None
+        shared.events = []
+        if shared.result is None or size > self._limits.max_bytes:
+            return
+        shared.size = size
+        self._done[key] = (self._clock() + self._limits.max_seconds, shared)
+        self._bytes += size
+        while len(self._done) > self._limits.max_count or self._bytes > self._limits.max_bytes:
+            self._drop_oldest()
+
+    def running(self) -> list[Shared[Result]]:
+        """What is under way."""
+        return list(self._running.values())
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._done and next(iter(self._done.values()))[0] <= now:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, (_, shared) = self._done.popitem(last=False)
+        self._bytes -= shared.size
+
+
+def fingerprint(body: bytes) -> bytes:
+    """What tells one request body from another."""
+    return hashlib.sha256(body).digest()
