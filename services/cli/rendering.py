@@ -132,7 +132,7 @@ def print_receipt(console: Console, receipt: receipt_pb2.Receipt) -> None:
         )
 
 
-def _reason(value: int) -> str:
+def _reason(value: error_reason_pb2.ErrorReason.ValueType) -> str:
     return "" if value == 0 else lower_name(error_reason_pb2.ErrorReason.Name(value), "ERROR_REASON_")
 
 

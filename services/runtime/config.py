@@ -130,7 +130,7 @@ def _read(file: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{file}: can't be read: {reason}")
         return {}
     try:
-        content = yaml.load(text, Loader=_Loader)
+        content = yaml.load(text, Loader=_Loader)  # noqa: S506  # a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -194,9 +194,7 @@ def _overrides(
     return tree
 
 
-def _build(
-    cls: type[Any], given: Any, override: Any, path: str, origin: str, problems: list[str]
-) -> Any:
+def _build(cls: type[Any], given: Any, override: Any, path: str, origin: str, problems: list[str]) -> Any:
     """An instance of the dataclass `cls`, or None after noting at least one problem."""
     before = len(problems)
     if isinstance(override, _Text):
@@ -220,9 +218,7 @@ def _build(
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if name in override or name in given:
             count = len(problems)
-            value = _convert(
-                hints[name], given.get(name, _ABSENT), override.get(name, _ABSENT), where, origin, about, problems
-            )
+            value = _convert(hints[name], given.get(name, _ABSENT), override.get(name, _ABSENT), where, origin, about, problems)
             if len(problems) == count:
                 values[name] = value
         elif not has_default:
@@ -252,14 +248,12 @@ def _variable_of(value: Any) -> str:
 
 def _yaml_of(text: _Text) -> Any:
     try:
-        return yaml.load(str(text), Loader=_Loader)
+        return yaml.load(str(text), Loader=_Loader)  # noqa: S506  # a SafeLoader
     except yaml.YAMLError:
         return str(text)
 
 
-def _convert(
-    hint: Any, given: Any, override: Any, path: str, origin: str, about: _Setting, problems: list[str]
-) -> Any:
+def _convert(hint: Any, given: Any, override: Any, path: str, origin: str, about: _Setting, problems: list[str]) -> Any:
     """`override` over `given` as a value of type `hint`; a noted problem means that the result is meaningless."""
     secret = about.secret or _SECRET_NAMES.search(path) is not None
     kind = typing.get_origin(hint) or hint

@@ -96,7 +96,9 @@ def methods_of(binding: Binding) -> list[Method]:
     methods = []
     for descriptor in service.methods:
         if descriptor.client_streaming:
-            raise TypeError(f"{service.full_name}.{descriptor.name} is client-streaming; tables carry unary and server-streaming")
+            raise TypeError(
+                f"{service.full_name}.{descriptor.name} is client-streaming; tables carry unary and server-streaming"
+            )
         handler = getattr(binding.servicer, descriptor.name, None)
         servicer = type(binding.servicer).__name__
         if handler is None:

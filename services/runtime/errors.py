@@ -122,7 +122,7 @@ CODES: Final[Mapping[Reason, Code]] = MappingProxyType(
 _NO_METADATA: Final[Mapping[str, str]] = MappingProxyType({})
 
 
-class Failure(Exception):
+class Failure(Exception):  # noqa: N818  # the word for what crosses a boundary; services add Error classes
     """A call failed, and the caller may know why.
 
     `message` says what to do in words; it never has a secret or the inside of an engine in it. `metadata` has the values that
@@ -159,9 +159,7 @@ def invalid(field: str, message: str) -> Failure:
 
 def unavailable(dependency: str, message: str, *, retry_delay: float = 1.0) -> Failure:
     """The failure of a call that needs `dependency`, which isn't there."""
-    return Failure(
-        Reason.DEPENDENCY_UNAVAILABLE, message, metadata={"dependency": dependency}, retry_delay=retry_delay
-    )
+    return Failure(Reason.DEPENDENCY_UNAVAILABLE, message, metadata={"dependency": dependency}, retry_delay=retry_delay)
 
 
 def deadline_exceeded(what: str) -> Failure:

@@ -10,7 +10,7 @@ Errors are raised as `Failure`, as the link does; `asyncio.CancelledError` only 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterable
 from typing import Any, cast
 
 from google.protobuf.message import Message
@@ -22,7 +22,7 @@ from services.runtime.errors import Failure, Reason, deadline_exceeded
 MetadataLike = Iterable[tuple[str, str]]
 
 
-class _Bounded:
+class Bounded:
     """Awaits a handler, bounded by a deadline, and sets the timer only if the handler really waits.
 
     Most handlers of a hot path end in their first step; a timer for each would cost more than they do.
@@ -59,7 +59,7 @@ class _Bounded:
                 except GeneratorExit:
                     cast(Any, inner).close()
                     raise
-                except BaseException as thrown:
+                except BaseException as thrown:  # noqa: BLE001  # handed on, whatever it is
                     pending = cast(Any, inner).throw(thrown)
                 else:
                     pending = inner.send(sent)
@@ -70,6 +70,10 @@ class _Bounded:
         except asyncio.CancelledError:
             if expired and task.uncancel() == 0:
                 raise deadline_exceeded(self._what) from None
+            raise
+        except BaseException:
+            if expired:
+                task.uncancel()
             raise
         finally:
             timer.cancel()
@@ -111,7 +115,7 @@ class InprocChannel:
             context = Call(method, deadline, dict(metadata) if metadata else {}, self._caller)
             handler = resolved.unary
             assert handler is not None, f"{method} is streaming"
-            return _Bounded(handler(request, context), deadline, method)
+            return Bounded(handler(request, context), deadline, method)
 
         return call
 
@@ -132,17 +136,18 @@ class InprocChannel:
             context = Call(method, deadline, dict(metadata) if metadata else {}, self._caller)
             handler = resolved.stream
             assert handler is not None, f"{method} is unary"
-            return _stream(handler(request, context), deadline, method)
+            return bounded_stream(handler(request, context), deadline, method)
 
         return call
 
 
-async def _stream(replies: AsyncIterator[Any], deadline: float, what: str) -> AsyncIterator[Any]:
+async def bounded_stream(replies: AsyncIterator[Any], deadline: float, what: str) -> AsyncGenerator[Any, None]:
+    """`replies`, each awaited no longer than until `deadline` (Failure DEADLINE_EXCEEDED); closed with this iterator."""
     try:
         step = replies.__anext__
         while True:
             try:
-                reply = await _Bounded(step(), deadline, what)
+                reply = await Bounded(step(), deadline, what)
             except StopAsyncIteration:
                 return
             yield reply

@@ -36,6 +36,8 @@ After = Callable[[Call, float, Failure | None], None]
 _MAX_REQUEST_ID: Final = 128
 _MAX_FORWARDED_VALUE: Final = 512
 _LOG_LINES_PER_SECOND: Final = 20.0
+_CLOCK_RESOLUTION: Final = 0.005
+"""uvloop's clock stands still within a turn of the loop, so a timer may seem to fire early."""
 
 
 class Stage(Protocol):
@@ -243,10 +245,10 @@ class ErrorMapping:
         """The failure that the caller gets for `error`."""
         if isinstance(error, Failure):
             return error
+        if isinstance(error, asyncio.CancelledError | TimeoutError) and call.time_left() <= _CLOCK_RESOLUTION:
+            return deadline_exceeded(method.path)
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             return Failure(Reason.CANCELLED, "the call was cancelled")
-        if isinstance(error, TimeoutError) and call.time_left() <= 0:
-            return deadline_exceeded(method.path)
         incident = secrets.token_hex(8)
         self._log.error(
             "unexpected error",
@@ -309,7 +311,7 @@ class Chain:
 
     def _bound(self, method: Method) -> tuple[tuple[Before, ...], tuple[After, ...]]:
         before = [step for stage in self._stages if (step := stage.before(method)) is not None]
-        after = [step for stage in reversed(self._stages) if (step := stage.after(method)) is not None]
+        after = [end for stage in reversed(self._stages) if (end := stage.after(method)) is not None]
         return tuple(before), tuple(after)
 
     def unary(self, method: Method, handler: UnaryHandler) -> UnaryHandler:

@@ -103,7 +103,7 @@ class Family(Generic[Child]):
 
     def __init__(self, label_names: tuple[str, ...], create: Callable[[], Child]) -> None:
         self.label_names = label_names
-        self._create = create
+        self._create: Callable[[], Child] = create
         self._children: dict[tuple[str, ...], Child] = {}
 
     def labels(self, *values: str, **named: str) -> Child:

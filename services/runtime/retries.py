@@ -20,9 +20,7 @@ IDEMPOTENT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
         "sluice.metering.v1.MeteringService": frozenset(
             {"Authenticate", "AcquireLease", "ReturnLease", "Hold", "VoidHold", "PostSettlements"}
         ),
-        "sluice.metering.v1.TenancyService": frozenset(
-            {"GetTenant", "ListTenants", "ListProjects", "ListKeys", "RevokeKey"}
-        ),
+        "sluice.metering.v1.TenancyService": frozenset({"GetTenant", "ListTenants", "ListProjects", "ListKeys", "RevokeKey"}),
         "sluice.metering.v1.UsageService": frozenset({"QueryUsage", "ListEntries", "ListPrices"}),
         "sluice.routing.v1.RoutingService": frozenset({"Plan", "ListModels"}),
         "sluice.tokenization.v1.TokenizationService": frozenset({"Count", "CountTexts", "Fit", "ListTokenizers"}),
@@ -44,9 +42,7 @@ def service_config(health_service: str | None, services: Collection[str]) -> str
     services that the channel is for.
     """
     names: Sequence[Mapping[str, str]] = [
-        {"service": service, "method": method}
-        for service in sorted(services)
-        for method in sorted(IDEMPOTENT.get(service, ()))
+        {"service": service, "method": method} for service in sorted(services) for method in sorted(IDEMPOTENT.get(service, ()))
     ]
     config: dict[str, Any] = {
         "loadBalancingConfig": [{"round_robin": {}}],

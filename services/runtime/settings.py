@@ -59,7 +59,8 @@ class MeshSettings:
     reflection: Reflection = setting(Reflection.AUTO, "Who may use gRPC reflection; auto: on in dev, off in production")
     state_dir: Path = setting(Path(".sluice"), "Directory of everything that is kept: ledger, spool, indexes")
     catalogue: Path = setting(
-        Path("deploy/catalogue.yaml"), "File with providers, models, policies, task types, tokenizers and price overrides; watched"
+        Path("deploy/catalogue.yaml"),
+        "File with providers, models, policies, task types, tokenizers and price overrides; watched",
     )
     nats_url: str = setting("nats://127.0.0.1:4222", "Where NATS is; several servers separated by commas", minimum=1)
     nats_credentials: Path | None = setting(None, "NATS credentials file")
@@ -78,11 +79,10 @@ class MeshSettings:
         "A host name stands for all its addresses and is resolved again every few seconds",
     )
     listen_host: str = setting("127.0.0.1", "Address on which gRPC and metrics listen", minimum=1)
-    grpc_ports: Mapping[str, int] = setting(
-        types.MappingProxyType({}), "gRPC port per service; absent or 0: a free one"
-    )
+    grpc_ports: Mapping[str, int] = setting(types.MappingProxyType({}), "gRPC port per service; absent or 0: a free one")
     metrics_ports: Mapping[str, int] = setting(
-        types.MappingProxyType({}), "Port of /metrics per process, by its service's name (`compact` for the compact topology); absent or 0: a free one"
+        types.MappingProxyType({}),
+        "Port of /metrics per process, by its service's name (`compact` for the compact topology); absent or 0: a free one",
     )
     report_file: Path | None = setting(None, "File to which each service's addresses are written, one JSON line each")
     log_level: LogLevel = setting(LogLevel.INFO, "Least severe level that is logged")

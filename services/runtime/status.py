@@ -47,9 +47,7 @@ def status_from_failure(failure: Failure) -> status_pb2.Status:
     """`failure` as a status; texts are cut to what trailers carry."""
     status = status_pb2.Status(code=int(failure.code), message=failure.message[:_MAX_MESSAGE])
     values = {key: value[:_MAX_VALUE] for key, value in list(failure.metadata.items())[:_MAX_VALUES]}
-    status.details.add().Pack(
-        error_details_pb2.ErrorInfo(reason=failure.reason.value, domain=DOMAIN, metadata=values)
-    )
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=failure.reason.value, domain=DOMAIN, metadata=values))
     if failure.retry_delay is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(max(0, round(failure.retry_delay * 1e9)))

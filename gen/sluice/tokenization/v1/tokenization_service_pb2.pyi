@@ -236,33 +236,33 @@ Global___CalibrateResponse: _TypeAlias = CalibrateResponse  # noqa: Y015
 
 @_typing.final
 class Observation(_message.Message):
-    """Observation is one pair of our count and the provider's."""
+    """Observation is what a provider said of one prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
-    COUNTED_FIELD_NUMBER: _builtins.int
+    CONVERSATION_FIELD_NUMBER: _builtins.int
     REPORTED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Catalogue id."""
     @_builtins.property
-    def counted(self) -> _receipt_pb2.TokenCount:
-        """Our count."""
+    def conversation(self) -> _conversation_pb2.Conversation:
+        """What was sent. Required."""
 
     @_builtins.property
     def reported(self) -> _answer_pb2.Usage:
-        """The provider's count."""
+        """The provider's count. Observations that are not credible are ignored."""
 
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
-        counted: _receipt_pb2.TokenCount | None = ...,
+        conversation: _conversation_pb2.Conversation | None = ...,
         reported: _answer_pb2.Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "reported", b"reported"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "reported", b"reported"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted", "model", b"model", "reported", b"reported"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "model", b"model", "reported", b"reported"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

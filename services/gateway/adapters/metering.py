@@ -1,0 +1,128 @@
+"""The metering port over MeteringService."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from sluice.metering.v1 import metering_service_pb2
+
+from services.gateway.ports import Authentication, Grant, HoldGrant, LeaseWish, LimitState
+from services.gateway.principals import Principal
+from services.gateway.receipts import timestamp
+
+if TYPE_CHECKING:
+    from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceAsyncStub
+
+
+class MeteringClient:
+    """Translates between the port and the contract. Errors are `Failure` already: channels of the mesh raise nothing else."""
+
+    def __init__(self, stub: MeteringServiceAsyncStub, replica_id: str) -> None:
+        self._stub = stub
+        self._replica_id = replica_id
+
+    async def authenticate(self, key_sha256: bytes, *, timeout: float) -> Authentication:
+        """As the port says."""
+        response = await self._stub.Authenticate(
+            metering_service_pb2.AuthenticateRequest(key_sha256=key_sha256), timeout=timeout
+        )
+        reuse = response.reuse_duration
+        return Authentication(principal_from_proto(response.identity), reuse.seconds + reuse.nanos / 1e9)
+
+    async def acquire(self, wish: LeaseWish, *, timeout: float) -> Grant:
+        """As the port says."""
+        response = await self._stub.AcquireLease(
+            metering_service_pb2.AcquireLeaseRequest(
+                replica_id=self._replica_id,
+                sequence=wish.sequence,
+                key_id=wish.key_id,
+                lease_id=wish.lease_id,
+                wanted_request_count=wish.request_count,
+                wanted_token_count=wish.token_count,
+                wanted_concurrency=wish.concurrency,
+                wanted_nano_usd=wish.nano_usd,
+                left_request_count=wish.left_request_count,
+                left_token_count=wish.left_token_count,
+            ),
+            timeout=timeout,
+        )
+        return grant_from_proto(response)
+
+    async def give_back(self, lease_id: str, held_nano_usd: int, *, timeout: float) -> None:
+        """As the port says."""
+        await self._stub.ReturnLease(
+            metering_service_pb2.ReturnLeaseRequest(lease_id=lease_id, held_nano_usd=held_nano_usd), timeout=timeout
+        )
+
+    async def hold(
+        self,
+        operation_id: str,
+        key_id: str,
+        amount_nano_usd: int,
+        min_amount_nano_usd: int,
+        expire_time: float,
+        *,
+        timeout: float,
+    ) -> HoldGrant:
+        """As the port says."""
+        response = await self._stub.Hold(
+            metering_service_pb2.HoldRequest(
+                operation_id=operation_id,
+                key_id=key_id,
+                amount_nano_usd=amount_nano_usd,
+                min_amount_nano_usd=min_amount_nano_usd,
+                expire_time=timestamp(int(expire_time * 1e9)),
+            ),
+            timeout=timeout,
+        )
+        before = response.budget_before_nano_usd if response.HasField("budget_before_nano_usd") else None
+        return HoldGrant(response.hold_id, response.amount_nano_usd, before, response.budget_level)
+
+    async def void(self, hold_id: str, *, timeout: float) -> None:
+        """As the port says."""
+        await self._stub.VoidHold(metering_service_pb2.VoidHoldRequest(hold_id=hold_id), timeout=timeout)
+
+
+def principal_from_proto(identity: metering_service_pb2.Identity) -> Principal:
+    """The principal of an identity."""
+    expire_time = None
+    if identity.HasField("expire_time"):
+        expire_time = identity.expire_time.seconds + identity.expire_time.nanos / 1e9
+    return Principal(
+        tenant_id=identity.tenant_id,
+        project_id=identity.project_id,
+        key_id=identity.key_id,
+        scopes=tuple(identity.scopes),
+        allowed_models=tuple(sorted(identity.allowed_models)),
+        cache_namespace=identity.cache_namespace,
+        expire_time=expire_time,
+    )
+
+
+def grant_from_proto(response: metering_service_pb2.AcquireLeaseResponse) -> Grant:
+    """The grant of a response; of several limits of a kind the tightest is kept."""
+    tightest: dict[int, LimitState] = {}
+    for limit in response.limits:
+        known = tightest.get(limit.kind)
+        if known is None or limit.remaining < known.remaining:
+            tightest[limit.kind] = LimitState(limit.level, limit.limit, limit.remaining)
+    retry_delay = None
+    if response.HasField("retry_delay"):
+        retry_delay = response.retry_delay.seconds + response.retry_delay.nanos / 1e9
+    expire_time = time.time() + 60.0
+    if response.HasField("expire_time"):
+        expire_time = response.expire_time.seconds + response.expire_time.nanos / 1e9
+    return Grant(
+        lease_id=response.lease_id,
+        expire_time=expire_time,
+        request_count=response.granted_request_count,
+        token_count=response.granted_token_count,
+        concurrency=response.granted_concurrency,
+        nano_usd=response.granted_nano_usd,
+        retry_delay=retry_delay,
+        request_limit=tightest.get(metering_service_pb2.LIMIT_KIND_REQUESTS_PER_MINUTE),
+        token_limit=tightest.get(metering_service_pb2.LIMIT_KIND_TOKENS_PER_MINUTE),
+        concurrency_limit=tightest.get(metering_service_pb2.LIMIT_KIND_CONCURRENCY),
+        budget=tightest.get(metering_service_pb2.LIMIT_KIND_BUDGET),
+    )

@@ -1,0 +1,271 @@
+"""What the gateway does with the cache: look up before the plan, store behind the answer, book what hits saved.
+
+Stores and settlements of hits leave the path: they wait in bounded queues for a worker. A full queue drops and counts; a lost store
+costs hit rate, a lost hit settlement a line in the usage report, neither costs money.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from google.protobuf.duration_pb2 import Duration
+from sluice.caching.v1 import caching_service_pb2
+from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
+from sluice.metering.v1 import metering_service_pb2
+
+from services.gateway.breakers import Breaker
+from services.gateway.principals import Principal
+from services.gateway.receipts import Facts, duration, timestamp
+from services.runtime.call import Metadata
+from services.runtime.errors import Failure
+
+if TYPE_CHECKING:
+    from sluice.caching.v1.caching_service_pb2_grpc import CachingServiceAsyncStub
+    from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceAsyncStub
+
+HITS: Final = frozenset((receipt_pb2.CACHE_STATUS_HIT_EXACT, receipt_pb2.CACHE_STATUS_HIT_SEMANTIC))
+_MAX_BATCH: Final = 500
+_COMPLETE: Final = frozenset((answer_pb2.FINISH_REASON_STOP, answer_pb2.FINISH_REASON_TOOL_CALLS))
+
+
+class CacheClient:
+    """Asks the cache within a budget, and stops asking for a while when it doesn't answer. `clock` is the loop's."""
+
+    def __init__(self, stub: CachingServiceAsyncStub, clock: Callable[[], float], *, lookup_seconds: float) -> None:
+        self._lookup = stub.Lookup
+        self._clock = clock
+        self._lookup_seconds = lookup_seconds
+        self._breaker = Breaker()
+
+    async def look_up(self, facts: Facts, policy_version: str, time_left: float, forward: Metadata) -> bool:
+        """Whether the cache answers; the verdict is in `facts` either way. Raises nothing: without the cache the request goes on."""
+        request = facts.request
+        if not self._breaker.allows(self._clock()):
+            facts.cache_status = receipt_pb2.CACHE_STATUS_UNAVAILABLE
+            facts.cache_reason = "the cache didn't answer lately and is not asked for a moment"
+            facts.degrade("caching: not asked, it didn't answer lately")
+            return False
+        try:
+            found = await self._lookup(
+                lookup_to_proto(facts.principal, request, policy_version),
+                timeout=min(self._lookup_seconds, time_left),
+                metadata=forward,
+            )
+        except Failure as failure:
+            self._breaker.failed(self._clock())
+            facts.cache_status = receipt_pb2.CACHE_STATUS_UNAVAILABLE
+            facts.cache_reason = f"the cache could not be asked: {failure.reason.value}"
+            facts.degrade(f"caching: not asked, {failure.reason.value}")
+            return False
+        self._breaker.succeeded()
+        facts.lookup = found
+        facts.cache_status = status = found.verdict.status
+        return status in HITS and found.HasField("answer")
+
+
+def lookup_to_proto(
+    principal: Principal, request: inference_service_pb2.GenerateRequest, policy_version: str
+) -> caching_service_pb2.LookupRequest:
+    """The lookup of a request."""
+    lookup = caching_service_pb2.LookupRequest(
+        tenant_id=principal.tenant_id,
+        conversation=request.conversation,
+        policy_version=policy_version,
+        task_type=request.task_type,
+    )
+    if request.HasField("cache"):
+        lookup.wishes.CopyFrom(request.cache)
+    if principal.cache_namespace and not lookup.wishes.cache_namespace:
+        lookup.wishes.cache_namespace = principal.cache_namespace
+    if request.HasField("routing"):
+        model = request.routing.model
+        if model != "auto":
+            lookup.model = model
+    scope = routing_scope(principal, request)
+    if scope:
+        lookup.routing_scope = scope
+    return lookup
+
+
+def routing_scope(principal: Principal, request: inference_service_pb2.GenerateRequest) -> str:
+    """Wishes that may change which model answers, and directives to the echo provider, in canonical form; empty: none."""
+    parts = []
+    if request.HasField("routing"):
+        routing = request.routing
+        if routing.region:
+            parts.append(f"region={routing.region}")
+        if routing.HasField("allow_fallback"):
+            parts.append(f"allow_fallback={routing.allow_fallback}")
+    if principal.allowed_models:
+        # A key must not get from the cache what it may not get from a model.
+        parts.append("allowed=" + ",".join(principal.allowed_models))
+    if request.metadata:
+        parts.extend(f"{key}={request.metadata[key]}" for key in sorted(request.metadata) if key.startswith("echo."))
+    return "\n".join(parts)
+
+
+def may_store(facts: Facts, answer: answer_pb2.Answer) -> bool:
+    """Whether an answer is complete, unfiltered and wanted in the cache. One that our own clamp cut short is not what was asked for."""
+    if facts.lookup is None or not facts.lookup.ticket or not answer.message.parts:
+        return False
+    finish = answer.finish_reason
+    return finish in _COMPLETE or (finish == answer_pb2.FINISH_REASON_LENGTH and facts.max_output == 0)
+
+
+class _Pending(NamedTuple):
+    tenant_id: str
+    ticket: bytes
+    answer: answer_pb2.Answer
+    cost: int
+    create_ns: int
+    operation_id: str
+    ttl: Duration | None
+    size: int
+
+
+class CacheWriter:
+    """Stores answers behind the path."""
+
+    def __init__(
+        self, stub: CachingServiceAsyncStub, *, max_count: int, max_bytes: int, call_seconds: float
+    ) -> None:
+        self._store = stub.Store
+        self._max_count = max_count
+        self._max_bytes = max_bytes
+        self._call_seconds = call_seconds
+        self._queue: deque[_Pending] = deque()
+        self._bytes = 0
+        self._work = asyncio.Event()
+        self.dropped_count = 0
+        self.failed_count = 0
+
+    def add(self, facts: Facts, answer: answer_pb2.Answer) -> None:
+        """Queues an answer; drops it when the queue is full."""
+        size = answer.ByteSize()
+        if len(self._queue) >= self._max_count or self._bytes + size > self._max_bytes:
+            self.dropped_count += 1
+            return
+        lookup = facts.lookup
+        assert lookup is not None, "an answer is stored under the ticket of its lookup"
+        request = facts.request
+        ttl = request.cache.ttl if request.HasField("cache") and request.cache.HasField("ttl") else None
+        self._queue.append(
+            _Pending(facts.principal.tenant_id, lookup.ticket, answer, facts.cost, facts.receive_ns, facts.operation_id, ttl, size)
+        )
+        self._bytes += size
+        self._work.set()
+
+    async def write_forever(self) -> None:
+        """The worker."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Stores what is queued."""
+        while self._queue:
+            pending = self._queue.popleft()
+            self._bytes -= pending.size
+            request = caching_service_pb2.StoreRequest(
+                tenant_id=pending.tenant_id,
+                ticket=pending.ticket,
+                answer=caching_service_pb2.CachedAnswer(
+                    answer=pending.answer,
+                    cost_nano_usd=pending.cost,
+                    create_time=timestamp(pending.create_ns),
+                    operation_id=pending.operation_id,
+                ),
+                ttl=pending.ttl,
+            )
+            try:
+                await self._store(request, timeout=self._call_seconds)
+            except Failure:
+                self.failed_count += 1
+
+
+class HitBook:
+    """Books answers from the cache: one settlement without a charge for each, posted in batches."""
+
+    def __init__(self, stub: MeteringServiceAsyncStub, *, max_count: int, batch_seconds: float, call_seconds: float) -> None:
+        self._post = stub.PostSettlements
+        self._max_count = max_count
+        self._batch_seconds = batch_seconds
+        self._call_seconds = call_seconds
+        self._hits: list[Facts] = []
+        self._settlements: deque[metering_service_pb2.Settlement] = deque()
+        self._work = asyncio.Event()
+        self.dropped_count = 0
+
+    def add(self, facts: Facts) -> None:
+        """Queues a hit; when too many wait the oldest are dropped."""
+        if not self._hits:
+            self._work.set()
+        self._hits.append(facts)
+        if len(self._hits) >= _MAX_BATCH:
+            self._write_up()
+
+    async def post_forever(self) -> None:
+        """The worker: posts every `batch_seconds` while there is something, waits longer while metering is down."""
+        delay = self._batch_seconds
+        while True:
+            await self._work.wait()
+            await asyncio.sleep(delay)
+            self._work.clear()
+            try:
+                await self.flush()
+            except Failure:
+                delay = min(5.0, delay * 2)
+                self._work.set()
+            else:
+                delay = self._batch_seconds
+
+    async def flush(self) -> None:
+        """Posts what is queued. Failure when metering doesn't take it; it stays queued."""
+        self._write_up()
+        queue = self._settlements
+        while queue:
+            batch = [queue.popleft() for _ in range(min(_MAX_BATCH, len(queue)))]
+            try:
+                await self._post(metering_service_pb2.PostSettlementsRequest(settlements=batch), timeout=self._call_seconds)
+            except BaseException:
+                # Posting twice is harmless, losing isn't: whatever ended the call, the batch waits for the next.
+                queue.extendleft(reversed(batch))
+                raise
+
+    def _write_up(self) -> None:
+        """Turns hits into settlements, so that requests and answers needn't be kept while metering is away."""
+        hits, self._hits = self._hits, []
+        self._settlements.extend(hit_to_proto(facts) for facts in hits)
+        while len(self._settlements) > self._max_count:
+            self._settlements.popleft()
+            self.dropped_count += 1
+
+
+def hit_to_proto(facts: Facts) -> metering_service_pb2.Settlement:
+    """The settlement of an answer from the cache."""
+    principal = facts.principal
+    lookup = facts.lookup
+    assert lookup is not None, "a hit has a lookup"
+    answer = lookup.answer.answer
+    return metering_service_pb2.Settlement(
+        attempt_id=f"{facts.operation_id}/cache",
+        operation_id=facts.operation_id,
+        tenant_id=principal.tenant_id,
+        project_id=principal.project_id,
+        key_id=principal.key_id,
+        is_final=True,
+        model=answer.model,
+        provider="cache",
+        usage=answer.usage,
+        start_time=timestamp(facts.receive_ns),
+        duration=duration(facts.end_ns - facts.start),
+        outcome=receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED,
+        task_type=facts.request.task_type,
+        saved_nano_usd=facts.saved,
+        cache_status=receipt_pb2.CacheStatus.ValueType(facts.cache_status),
+        attempt_number=1,
+    )

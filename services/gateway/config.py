@@ -1,0 +1,61 @@
+"""Settings of the gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from services.gateway.edge.config import EdgeConfig
+from services.runtime.config import setting
+
+_MEBIBYTE = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseConfig:
+    """What is leased from metering at a time, for each key and replica. Rates may overshoot by replicas times these; money never."""
+
+    request_count: int = setting(32, "Requests of a rate slice", minimum=1, maximum=1_000_000)
+    token_count: int = setting(200_000, "Tokens of a rate slice", minimum=1, maximum=1_000_000_000)
+    concurrency: int = setting(50, "Concurrent requests asked for", minimum=1, maximum=1_000_000)
+    nano_usd: int = setting(100_000_000, "Money of a slice; grows with the holds that are seen", unit="nano-USD", minimum=0)
+    max_count: int = setting(10_000, "Keys that may hold a lease at once", minimum=1, maximum=10_000_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetConfig:
+    """Longest time that a request waits for each step; the caller's deadline may be shorter."""
+
+    authenticate: float = setting(2.0, "Finding out whom a key stands for", unit="s", minimum=0.001, maximum=60)
+    lease: float = setting(2.0, "Renewing a lease, or a hold of its own", unit="s", minimum=0.001, maximum=60)
+    lookup: float = setting(0.25, "Asking the cache; then the request goes on without", unit="s", minimum=0.001, maximum=60)
+    plan: float = setting(1.0, "Asking routing; then the last good plan serves", unit="s", minimum=0.001, maximum=60)
+    count: float = setting(0.25, "Counting tokens; then they are estimated", unit="s", minimum=0.001, maximum=60)
+    background: float = setting(5.0, "Calls behind the path: stores, settlements of hits, returned leases", unit="s", minimum=0.01, maximum=60)
+    drain: float = setting(10.0, "Waiting for requests under way at the end of the process", unit="s", minimum=0, maximum=600)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Settings of the gateway."""
+
+    edge: EdgeConfig = field(default_factory=EdgeConfig)
+    lease: LeaseConfig = field(default_factory=LeaseConfig)
+    budgets: BudgetConfig = field(default_factory=BudgetConfig)
+    max_request_bytes: int = setting(16 * _MEBIBYTE, "Largest conversation", unit="bytes", minimum=1024, maximum=256 * _MEBIBYTE)
+    default_max_output_tokens: int = setting(
+        4096, "Longest answer of a model whose own limit is unknown, when the caller sets none", unit="tokens", minimum=1, maximum=1_000_000
+    )
+    min_output_tokens: int = setting(
+        16, "Shortest answer that is worth a hold: with less money left the request is refused", unit="tokens", minimum=1, maximum=100_000
+    )
+    recheck_seconds: float = setting(30.0, "Longest time that an identity is used without asking metering again", unit="s", minimum=1, maximum=300)
+    max_identities: int = setting(10_000, "Keys whose identity is remembered", minimum=1, maximum=10_000_000)
+    max_plans: int = setting(4096, "Plans that are remembered", minimum=1, maximum=1_000_000)
+    replay_count: int = setting(10_000, "Finished requests with a request id that can be replayed", minimum=1, maximum=10_000_000)
+    replay_bytes: int = setting(64 * _MEBIBYTE, "Memory of their answers", unit="bytes", minimum=0)
+    replay_seconds: float = setting(86_400.0, "How long they are kept, memory permitting", unit="s", minimum=1)
+    store_count: int = setting(1024, "Answers that may wait to be stored in the cache; more are dropped", minimum=1)
+    store_bytes: int = setting(32 * _MEBIBYTE, "Bytes of the answers that may wait to be stored", unit="bytes", minimum=1)
+    hit_count: int = setting(100_000, "Cache hits that may wait to be booked; more are dropped", minimum=1)
+    outcome_count: int = setting(100_000, "Operations whose reported outcome is remembered", minimum=1)
+    log_requests: bool = setting(True, "Whether a line is logged for each request")

@@ -1,0 +1,505 @@
+"""HTTP/1.1 for a server: strict, bounded in time and size, in order.
+
+One `Connection` per socket over llhttp (httptools). Whoever serves gives an `Application`; each request is an `Exchange`, which
+carries the answer too. What llhttp does not refuse by itself is refused here: transfer codings other than `chunked`, other
+versions, a missing or doubled Host. Requests of one connection are answered one after the other in the order of their arrival.
+
+Time limits are kept by one sweep over all connections, not by a timer per request: a timer costs more than the request's parsing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from email.utils import formatdate
+from typing import Any, Final, Protocol
+
+import httptools
+
+from services.gateway.edge.config import EdgeConfig
+from services.gateway.edge.errors import EdgeError
+from services.runtime.errors import Failure, Reason
+
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_SINGLE: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"authorization", b"x-api-key", b"content-type", b"idempotency-key"})
+_WHOLE_WRITE: Final = 65_536
+"""Bodies up to this many bytes are joined with their head: one copy is cheaper than a second write."""
+
+
+class Application(Protocol):
+    """Answers exchanges."""
+
+    def handle(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
+        """Answers `exchange` at once and returns None, or returns the coroutine that will. The coroutine answers every error itself.
+
+        It is cancelled when the client goes away, and when `exchange.expire_at` passes: then `exchange.expired` is set.
+        """
+        ...
+
+    def refuse(self, exchange: Exchange, failure: Failure) -> None:
+        """Answers a request that broke the protocol or a limit; parts of it may be missing."""
+        ...
+
+
+class _Stage(enum.Enum):
+    IDLE = enum.auto()
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    LINGER = enum.auto()
+
+
+_IDLE: Final = _Stage.IDLE
+_HEAD: Final = _Stage.HEAD
+_BODY: Final = _Stage.BODY
+_LINGER: Final = _Stage.LINGER
+
+
+class Exchange:
+    """One request and its answer.
+
+    `target` is the path with its query, undecoded. `headers` has names in lower case; lines of the same name are joined by `, `.
+    """
+
+    __slots__ = (
+        "_chunked", "_connection", "body", "closed", "expire_at", "expired", "headers", "is_old", "keep_alive", "method", "opened",
+        "refusal", "task", "target",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        connection: Connection,
+        method: bytes,
+        target: bytes,
+        headers: dict[bytes, bytes],
+        body: bytes | bytearray,
+        keep_alive: bool,
+        is_old: bool,
+    ) -> None:
+        self._connection = connection
+        self.method = method
+        self.target = target
+        self.headers = headers
+        self.body = body
+        self.keep_alive = keep_alive
+        self.is_old = is_old
+        """Whether the client speaks HTTP/1.0."""
+        self.refusal: Failure | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.expire_at = 0.0
+        """Moment of the loop's clock at which the task is cancelled; 0: never."""
+        self.expired = False
+        self.opened = False
+        """Whether bytes of the answer were written."""
+        self.closed = False
+        """Whether the answer is complete, or can't be any more."""
+        self._chunked = False
+
+    def respond(self, head: bytes, body: bytes) -> None:
+        """Answers whole. `head` is the status line and headers, each with its end of line."""
+        if self.closed:
+            return
+        self.opened = self.closed = True
+        connection = self._connection
+        length = len(body)
+        if self.method == b"HEAD":
+            body = b""
+        start = b"%b%bcontent-length: %d\r\n%b" % (head, connection.listener.date(), length, self._persistence())
+        if length <= _WHOLE_WRITE:
+            connection.write(start + body)
+        else:
+            connection.write(start)
+            connection.write(body)
+        connection.advance_after(self)
+
+    def open(self, head: bytes) -> None:
+        """Begins an answer whose length isn't known yet."""
+        if self.closed:
+            return
+        self.opened = True
+        if self.is_old:
+            self.keep_alive = False
+        else:
+            self._chunked = True
+            head += b"transfer-encoding: chunked\r\n"
+        self._connection.write(head + self._connection.listener.date() + self._persistence())
+
+    def send(self, data: bytes) -> bool:
+        """Writes a piece, not empty. False: the client reads too slowly, await `writable` before the next."""
+        connection = self._connection
+        if self.closed:
+            return True
+        connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        return not connection.is_stalled
+
+    async def writable(self) -> None:
+        """Returns when the client has caught up; bounded by the write timeout, after which the connection is cut off."""
+        await self._connection.writable()
+
+    def close(self) -> None:
+        """Ends an opened answer."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._chunked:
+            self._connection.write(b"0\r\n\r\n")
+        self._connection.advance_after(self)
+
+    def _persistence(self) -> bytes:
+        if not self.keep_alive or self._connection.listener.draining:
+            self.keep_alive = False
+            return b"connection: close\r\n\r\n"
+        return b"connection: keep-alive\r\n\r\n" if self.is_old else b"\r\n"
+
+
+class Connection(asyncio.Protocol):
+    """One socket of a client."""
+
+    __slots__ = (
+        "_advancing", "_body", "_config", "_continue", "_current", "_deadline", "_fresh", "_head_bytes", "_header_bytes", "_headers",
+        "_is_old", "_keep_alive", "_loop", "_parser", "_queue", "_reading", "_refusal", "_size", "_stage", "_stalled_since",
+        "_target", "_timed", "_transport", "_waiter", "_write", "is_stalled", "listener",
+    )  # fmt: skip
+
+    def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
+        self.listener = listener
+        self._config = listener.config
+        self._loop = loop
+        self._parser = httptools.HttpRequestParser(self)
+        self._queue: deque[Exchange] = deque()
+        self._current: Exchange | None = None
+        self._advancing = False
+        self._reading = True
+        self._stage = _IDLE
+        self._timed: _Stage | None = None
+        self._deadline = 0.0
+        self._fresh = False
+        self._head_bytes = 0
+        self._header_bytes = 0
+        self._headers: dict[bytes, bytes] = {}
+        self._target = b""
+        self._body: bytes | bytearray = b""
+        self._size = 0
+        self._is_old = False
+        self._keep_alive = True
+        self._continue = False
+        self._refusal: Failure | None = None
+        self.is_stalled = False
+        self._stalled_since = 0.0
+        self._waiter: asyncio.Future[None] | None = None
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._write = transport.write
+        transport.set_write_buffer_limits(high=self._config.write_buffer_bytes)
+        # Until its first request a connection has only as long as headers may take: silence costs the client nothing.
+        self._deadline = self._loop.time() + self._config.header_timeout
+        if not self.listener.admit(self):
+            self._refuse(
+                EdgeError(Reason.OVERLOADED, "too many connections are open; try again soon", retry_delay=1.0), b"", keep_stage=True
+            )
+
+    def data_received(self, data: bytes) -> None:
+        if self._stage is _LINGER:
+            return
+        self._fresh = False
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # The request itself was complete and is answered as HTTP/1.1; what follows is another protocol, which we don't speak.
+            self._leave()
+        except httptools.HttpParserError as error:
+            if self._keep_alive or self._stage is not _IDLE:
+                self._refuse(EdgeError(Reason.REQUEST_INVALID, f"this is not HTTP/1.1 as RFC 9112 has it: {error}"), self._target)
+            else:
+                # Bytes after a request that said `Connection: close`: the request is answered, the bytes are nobody's.
+                self._leave()
+        if self._queue and self._current is None:
+            self._advance()
+        stage = self._stage
+        if stage is _IDLE or stage is _LINGER:
+            return
+        if stage is _HEAD and not self._fresh:
+            self._head_bytes += len(data)
+            if self._head_bytes > self._config.max_header_bytes:
+                self._refuse_head()
+                return
+        if self._timed is not stage:
+            self._timed = stage
+            limit = self._config.header_timeout if stage is _HEAD else self._config.body_timeout
+            self._deadline = self._loop.time() + limit
+        if self._continue:
+            self._invite()
+
+    def eof_received(self) -> bool | None:
+        return None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.listener.forget(self)
+        self._release(len(self._body))
+        self._body = b""
+        current, self._current = self._current, None
+        for exchange in self._queue:
+            exchange.closed = True
+            self._release(len(exchange.body))
+        self._queue.clear()
+        self._stage = _LINGER
+        if current is not None:
+            self._release(len(current.body))
+            current.closed = True
+            if current.task is not None:
+                current.task.cancel()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def pause_writing(self) -> None:
+        self.is_stalled = True
+        self._stalled_since = self._loop.time()
+
+    def resume_writing(self) -> None:
+        self.is_stalled = False
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        self._waiter = None
+        if self._current is None:
+            self._advance()
+
+    # llhttp
+
+    def on_message_begin(self) -> None:
+        self._stage = _HEAD
+        self._timed = None
+        self._fresh = True
+        self._head_bytes = 0
+        self._header_bytes = 0
+        self._headers = {}
+        self._target = b""
+        self._body = b""
+        self._size = 0
+        self._keep_alive = True
+
+    def on_url(self, url: bytes) -> None:
+        if self._refusal is not None:
+            return
+        self._target = self._target + url if self._target else url
+        if len(self._target) > self._config.max_target_bytes:
+            self._target = self._target[: self._config.max_target_bytes]
+            self._refusal = _too_large("the path and query", self._config.max_target_bytes)
+
+    def on_header(self, name: bytes, value: bytes | None) -> None:
+        if self._stage is not _HEAD or self._refusal is not None:
+            # Trailers mean nothing to us.
+            return
+        if value is None:
+            value = b""
+        name = name.lower()
+        headers = self._headers
+        self._header_bytes += len(name) + len(value) + 4
+        if name in headers:
+            if name in _SINGLE:
+                self._refusal = EdgeError(
+                    Reason.REQUEST_INVALID, f"header {name.decode('latin-1')!r} is given twice", metadata={"field": name.decode("latin-1")}
+                )
+                return
+            headers[name] = headers[name] + b", " + value
+        else:
+            headers[name] = value
+        if self._header_bytes > self._config.max_header_bytes or len(headers) > self._config.max_header_count:
+            self._refuse_head()
+
+    def on_headers_complete(self) -> None:
+        self._stage = _BODY
+        if self._refusal is not None:
+            return
+        headers = self._headers
+        version = self._parser.get_http_version()
+        self._is_old = version == "1.0"
+        if version != "1.1" and not self._is_old:
+            self._refusal = EdgeError(Reason.REQUEST_INVALID, f"HTTP/{version} is not spoken here; use HTTP/1.1")
+        elif b"host" not in headers and not self._is_old:
+            self._refusal = EdgeError(Reason.REQUEST_INVALID, "HTTP/1.1 needs a Host header", metadata={"field": "host"})
+        coding = headers.get(b"transfer-encoding")
+        if coding is not None and (self._is_old or coding.strip().lower() != b"chunked"):
+            self._refusal = EdgeError(
+                Reason.REQUEST_INVALID, "the only transfer coding spoken here is chunked, in HTTP/1.1", metadata={"field": "transfer-encoding"}
+            )
+        length = headers.get(b"content-length")
+        if length is not None and int(length) > self._config.max_body_bytes:
+            self._refusal = _too_large("the body", self._config.max_body_bytes)
+        expectation = headers.get(b"expect")
+        if expectation is not None and self._refusal is None:
+            if expectation.lower() != b"100-continue":
+                self._refusal = EdgeError(
+                    Reason.REQUEST_INVALID, "the only expectation met here is 100-continue", metadata={"field": "expect"}
+                )
+            else:
+                self._continue = not self._is_old
+
+    def on_body(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        self._continue = False
+        size = self._size + len(data)
+        if size > self._config.max_body_bytes:
+            self._refusal = _too_large("the body", self._config.max_body_bytes)
+            return
+        if not self.listener.reserve(len(data)):
+            self._refusal = EdgeError(Reason.OVERLOADED, "too many request bodies are being read; try again soon", retry_delay=1.0)
+            return
+        if self._size == 0:
+            self._body = data
+        else:
+            # A list of pieces would let a sender of one-byte chunks fill the memory with object headers.
+            if self._size == len(self._body) and type(self._body) is bytes:
+                self._body = bytearray(self._body)
+            self._body += data
+        self._size = size
+
+    def on_message_complete(self) -> None:
+        self._continue = False
+        keep_alive = self._keep_alive = self._parser.should_keep_alive()
+        if self._refusal is not None:
+            return
+        self._stage = _IDLE
+        self._timed = None
+        body, self._body = self._body, b""
+        self._queue.append(
+            Exchange(self, self._parser.get_method(), self._target, self._headers, body, keep_alive, self._is_old)
+        )
+
+    # what an Exchange needs
+
+    def write(self, data: bytes) -> None:
+        """Hands bytes to the socket."""
+        self._write(data)
+
+    async def writable(self) -> None:
+        """Returns when the write buffer is below its low mark."""
+        if self.is_stalled:
+            waiter = self._waiter = self._loop.create_future()
+            await waiter
+
+    def advance_after(self, exchange: Exchange) -> None:
+        """Goes on after the answer of `exchange` has been handed over."""
+        if self._current is not exchange:
+            return
+        self._current = None
+        self._release(len(exchange.body))
+        exchange.body = b""
+        if not exchange.keep_alive:
+            self._end(exchange.refusal is not None)
+            return
+        if self._queue:
+            self._advance()
+        elif not self._reading:
+            self._resume()
+        if self._stage is _IDLE:
+            self._deadline = self._loop.time() + self._config.idle_timeout
+        else:
+            # The next request could not be finished while it waited behind this one: its time begins now.
+            self._timed = None
+            self._deadline = self._loop.time() + self._config.header_timeout
+            if self._continue:
+                self._invite()
+
+    # the listener's
+
+    def sweep(self, now: float) -> None:
+        """Ends what has taken too long."""
+        if self.is_stalled and now - self._stalled_since > self._config.write_timeout:
+            self._transport.abort()
+            return
+        current = self._current
+        if current is not None:
+            if current.expire_at and now >= current.expire_at and not current.expired and current.task is not None:
+                current.expired = True
+                current.task.cancel()
+            return
+        if now < self._deadline:
+            return
+        stage = self._stage
+        if stage is _IDLE or stage is _LINGER:
+            self._transport.abort() if stage is _LINGER else self._transport.close()
+        elif stage is _HEAD:
+            self._refuse(_too_slow("headers", self._config.header_timeout), self._target)
+        elif now >= self._deadline + self._size / self._config.body_minimum_rate:
+            self._refuse(_too_slow("the body", self._config.body_timeout), self._target)
+
+    def retire(self) -> None:
+        """Closes the connection if nothing is going on; else the next answer says that it is the last."""
+        if self._current is None and not self._queue and self._stage is _IDLE:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Cuts the client off."""
+        self._transport.abort()
+
+    # inner workings
+
+    def _advance(self) -> None:
+        """Starts the next request. A loop: hundreds of small requests may stand in one read, and each may be answered at once."""
+        if self._advancing:
+            return
+        self._advancing = True
+        try:
+            while self._queue and self._current is None and not self.is_stalled:
+                self._start(self._queue.popleft())
+        finally:
+            self._advancing = False
+        if self._queue:
+            if self._reading:
+                self._reading = False
+                self._transport.pause_reading()
+        elif not self._reading and self._current is None:
+            self._resume()
+
+    def _start(self, exchange: Exchange) -> None:
+        self._current = exchange
+        if exchange.refusal is not None:
+            self.listener.application.refuse(exchange, exchange.refusal)
+            return
+        work = self.listener.application.handle(exchange)
+        if work is not None:
+            exchange.task = self._loop.create_task(work)
+
+    def _resume(self) -> None:
+        self._reading = True
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _invite(self) -> None:
+        if self._stage is _BODY and self._current is None and not self._queue and self._refusal is None:
+            self._continue = False
+            self._write(CONTINUE)
+
+    def _refuse_head(self) -> None:
+        self._refusal = _too_large("the head of the request", self._config.max_header_bytes)
+
+    def _refuse(self, failure: Failure, target: bytes, *, keep_stage: bool = False) -> None:
+        """Answers with `failure` after the requests that came before, then closes. Nothing more is parsed."""
+
+    def _leave(self) -> None:
+        """Parses nothing more; what is queued is still answered, the last with `Connection: close`."""
+
+    def _end(self, linger: bool) -> None:
+        """Closes after the last answer."""
+
+    def _release(self, size: int) -> None:
+        if size:
+            self.listener.release(size)
+
+
+def _too_large(what: str, limit: int) -> EdgeError:
+    return EdgeError(Reason.REQUEST_TOO_LARGE, f"{what} is larger than {limit} bytes", metadata={"limit_bytes": str(limit)})
+
+
+def _too_slow(what: str, limit: float) -> EdgeError:
+    return EdgeError(
+        Reason.REQUEST_TOO_SLOW, f"{what} did not arrive within {limit:g} s", metadata={"limit_seconds": f"{limit:g}"}
+    )

@@ -1,0 +1,1 @@
+"""Tokenizers from files and packages on this machine. Nothing is downloaded."""
