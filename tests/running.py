@@ -96,7 +96,19 @@ def running(
     try:
         config = write_config(directory / "config", sections or {}, catalogue if catalogue is not None else default_catalogue())
         ready = directory / "ready.json"
-        command = [*prefix, sys.executable, "-m", "services.cli", "up", "--port", "0", "--grpc-port", "0", "--config", str(config)]
+        command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "services.cli",
+            "up",
+            "--port",
+            "0",
+            "--grpc-port",
+            "0",
+            "--config",
+            str(config),
+        ]
         command += ["--state-dir", str(directory), "--ready-file", str(ready)]
         command += ["--mesh"] * (topology == "mesh")
         for service, count in (replicas or {}).items():

@@ -44,7 +44,10 @@ def generate(target: Path) -> None:
     well_known = Path(str(files("grpc_tools"))) / "_proto"
     includes = [f"--proto_path={PROTOS}", f"--proto_path={IMPORTED}", f"--proto_path={well_known}"]
     scripts = Path(sys.executable).parent
-    plugins = [f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}", f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}"]
+    plugins = [
+        f"--plugin=protoc-gen-mypy={scripts / 'protoc-gen-mypy'}",
+        f"--plugin=protoc-gen-mypy_grpc={scripts / 'protoc-gen-mypy_grpc'}",
+    ]
     messages = ["protoc", *includes, *plugins, f"--python_out={target}", f"--mypy_out=quiet:{target}", *protos]
     stubs = ["protoc", *includes, *plugins, f"--grpc_python_out={target}", f"--mypy_grpc_out=quiet:{target}", *services]
     for command in (messages, stubs):
@@ -68,7 +71,9 @@ def differences(left: Path, right: Path) -> list[str]:
     return sorted(
         name
         for name in names
-        if not (left / name).exists() or not (right / name).exists() or not filecmp.cmp(left / name, right / name, shallow=False)
+        if not (left / name).exists()
+        or not (right / name).exists()
+        or not filecmp.cmp(left / name, right / name, shallow=False)
     )
 
 

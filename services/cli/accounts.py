@@ -101,7 +101,9 @@ def create_tenant(
             metadata=client.as_admin,
         ).tenant
         _ensure_project(client, made.id, "default", timeout)
-        session.console.print(f"Tenant {made.id} made: {_limit_words(made.limits)}. Next: sluice keys create --tenant {made.id}")
+        session.console.print(
+            f"Tenant {made.id} made: {_limit_words(made.limits)}. Next: sluice keys create --tenant {made.id}"
+        )
 
 
 def _ensure_project(client: Client, tenant: str, project: str, timeout: float) -> None:
@@ -180,8 +182,12 @@ def create_key(
     tenant: Annotated[str, typer.Option(help="Tenant that pays.")] = "default",
     project: Annotated[str, typer.Option(help="Its project.")] = "default",
     name: Annotated[str, typer.Option(help="Name for people.")] = "",
-    scope: Annotated[list[str] | None, typer.Option(help="inference, jobs or usage; repeat for more. All when none is named.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Model or policy/NAME that it may use; repeat for more. All when none.")] = None,
+    scope: Annotated[
+        list[str] | None, typer.Option(help="inference, jobs or usage; repeat for more. All when none is named.")
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Model or policy/NAME that it may use; repeat for more. All when none.")
+    ] = None,
     expires_in_days: Annotated[int | None, typer.Option(help="Days until it ends; never when absent.")] = None,
     budget: BudgetOption = None,
     requests_per_minute: RequestsOption = None,
@@ -203,9 +209,7 @@ def create_key(
         key.expire_time.FromDatetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=expires_in_days))
     with Session(state_dir, timeout) as session, failures():
         client = session.client
-        made = client.tenancy.CreateKey(
-            tenancy_pb2.CreateKeyRequest(key=key), timeout=timeout, metadata=client.as_admin
-        )
+        made = client.tenancy.CreateKey(tenancy_pb2.CreateKeyRequest(key=key), timeout=timeout, metadata=client.as_admin)
         session.errors.print(f"Key {made.key.id} of {tenant}/{project}. Its secret is shown only now:")
         print(made.secret)
 
@@ -219,9 +223,7 @@ def revoke_key(
     """Ends a key: within 1 s while NATS is up, else within 30 s."""
     with Session(state_dir, timeout) as session, failures():
         client = session.client
-        made = client.tenancy.RevokeKey(
-            tenancy_pb2.RevokeKeyRequest(key_id=key), timeout=timeout, metadata=client.as_admin
-        )
+        made = client.tenancy.RevokeKey(tenancy_pb2.RevokeKeyRequest(key_id=key), timeout=timeout, metadata=client.as_admin)
         session.console.print(f"Key {made.key.id} is revoked.")
 
 
@@ -256,7 +258,9 @@ def usage(
         request = usage_pb2.QueryUsageRequest(
             tenant_id=tenant, start_time=since, group_by=[_DIMENSIONS[name] for name in grouped]
         )
-        rows: list[Any] = [row for page in pages(client.usage.QueryUsage, request, client.as_admin, timeout) for row in page.rows]
+        rows: list[Any] = [
+            row for page in pages(client.usage.QueryUsage, request, client.as_admin, timeout) for row in page.rows
+        ]
         if as_json:
             print_json(rows)
             return

@@ -61,7 +61,9 @@ def _message(role: conversation_pb2.Role.ValueType, text: str) -> conversation_p
 
 @app.command()
 def chat(
-    prompt: Annotated[str | None, typer.Argument(help="What to ask; `-` reads standard input. Without it: a conversation.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; `-` reads standard input. Without it: a conversation.")
+    ] = None,
     model: ModelOption = "",
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.", min=1)] = None,

@@ -61,9 +61,7 @@ class Demonstration:
 
     def _request(self, text: str, *, model: str = LOCAL_MODEL) -> inference_service_pb2.GenerateRequest:
         conversation = conversation_pb2.Conversation(
-            messages=[
-                conversation_pb2.Message(role=conversation_pb2.ROLE_USER, parts=[conversation_pb2.Part(text=text)])
-            ],
+            messages=[conversation_pb2.Message(role=conversation_pb2.ROLE_USER, parts=[conversation_pb2.Part(text=text)])],
             sampling=conversation_pb2.Sampling(temperature=0.0, seed=7),
             max_output_tokens=48,
         )
@@ -226,7 +224,8 @@ def _waiting(console: Console, words: str) -> Iterator[None]:
 def command(
     mesh: Annotated[bool, typer.Option("--mesh", help="One process per service instead of one for all.")] = False,
     state_dir: Annotated[
-        Path | None, typer.Option("--state-dir", help="Keep the state here. Default: a temporary directory, removed at the end.")
+        Path | None,
+        typer.Option("--state-dir", help="Keep the state here. Default: a temporary directory, removed at the end."),
     ] = None,
 ) -> None:
     """Starts everything on free ports, asks the real local model, shows cache, stream, job and fallback, prints receipts, stops."""
@@ -255,4 +254,3 @@ def _steps(directory: Path) -> None:
     session = Session(directory, _CALL_SECONDS)
     with session:
         Demonstration(session).run()
-

@@ -51,7 +51,9 @@ def _python() -> Finding:
 def _protobuf() -> Finding:
     kind = api_implementation.Type()
     ok = kind == "upb"
-    return Finding("protobuf", ok, kind, "" if ok else "reinstall protobuf from its wheel: the pure Python one is slow and unsafe")
+    return Finding(
+        "protobuf", ok, kind, "" if ok else "reinstall protobuf from its wheel: the pure Python one is slow and unsafe"
+    )
 
 
 def _nats() -> Finding:

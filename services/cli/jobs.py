@@ -16,6 +16,7 @@ from sluice.jobs.v1 import job_service_pb2 as jobs_pb2
 
 jobs = typer.Typer(no_args_is_help=True, help="Jobs: requests that run later, at least once, charged once.")
 
+
 def state_words(job: jobs_pb2.Job) -> str:
     """A job's state for people."""
     return lower_name(jobs_pb2.JobState.Name(job.state), "JOB_STATE_")
@@ -36,9 +37,7 @@ def submit_job(
     text = sys.stdin.read() if prompt == "-" else prompt
     request = inference_service_pb2.GenerateRequest(
         conversation=conversation_pb2.Conversation(
-            messages=[
-                conversation_pb2.Message(role=conversation_pb2.ROLE_USER, parts=[conversation_pb2.Part(text=text)])
-            ]
+            messages=[conversation_pb2.Message(role=conversation_pb2.ROLE_USER, parts=[conversation_pb2.Part(text=text)])]
         ),
         routing=inference_service_pb2.RoutingWishes(model=model),
     )
@@ -92,9 +91,7 @@ def get_job(
     """Shows a job and, when it is done, its answer."""
     with Session(state_dir, timeout, key=key) as session, failures():
         client = session.client
-        job = client.jobs.GetJob(
-            jobs_pb2.GetJobRequest(job_id=job_id), timeout=timeout, metadata=client.as_tenant
-        ).job
+        job = client.jobs.GetJob(jobs_pb2.GetJobRequest(job_id=job_id), timeout=timeout, metadata=client.as_tenant).job
         if as_json:
             print_json(job)
             return
@@ -162,9 +159,7 @@ def cancel_job(
     """Cancels a job that is not finished; what ran is charged."""
     with Session(state_dir, timeout, key=key) as session, failures():
         client = session.client
-        job = client.jobs.CancelJob(
-            jobs_pb2.CancelJobRequest(job_id=job_id), timeout=timeout, metadata=client.as_tenant
-        ).job
+        job = client.jobs.CancelJob(jobs_pb2.CancelJobRequest(job_id=job_id), timeout=timeout, metadata=client.as_tenant).job
         session.console.print(f"{job.id}: {state_words(job)}", markup=False)
 
 
@@ -175,7 +170,5 @@ def redrive_job(
     """Runs a dead job again, with fresh attempts."""
     with Session(state_dir, timeout, key=key) as session, failures():
         client = session.client
-        job = client.jobs.RedriveJob(
-            jobs_pb2.RedriveJobRequest(job_id=job_id), timeout=timeout, metadata=client.as_tenant
-        ).job
+        job = client.jobs.RedriveJob(jobs_pb2.RedriveJobRequest(job_id=job_id), timeout=timeout, metadata=client.as_tenant).job
         session.console.print(f"{job.id}: {state_words(job)}", markup=False)

@@ -61,7 +61,9 @@ def answer_text(answer: answer_pb2.Answer) -> str:
     return "".join(parts)
 
 
-def print_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None) -> None:
+def print_table(
+    console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None
+) -> None:
     """A table; numbers stand to the right."""
     table = Table(title=title, title_justify="left")
     listed = [[str(cell) for cell in row] for row in rows]
@@ -95,7 +97,10 @@ def print_receipt(console: Console, receipt: receipt_pb2.Receipt) -> None:
     facts: list[tuple[str, str]] = [
         ("operation", receipt.operation_id),
         ("payer", f"{receipt.tenant_id} / {receipt.project_id} / {receipt.key_id}"),
-        ("task type", f"{lower_name(receipt_pb2.TaskType.Name(receipt.task_type), 'TASK_TYPE_')} {receipt.task_type_reason}".strip()),
+        (
+            "task type",
+            f"{lower_name(receipt_pb2.TaskType.Name(receipt.task_type), 'TASK_TYPE_')} {receipt.task_type_reason}".strip(),
+        ),
         ("policy", f"{receipt.policy} @ {receipt.policy_version}"),
         ("cache", f"{cache_words(receipt.cache)} {receipt.cache.reason}".strip()),
         ("prompt tokens", f"{count.token_count} ({method}, {count.tokenizer}, ±{count.error_bound:.1%})"),
@@ -108,7 +113,10 @@ def print_receipt(console: Console, receipt: receipt_pb2.Receipt) -> None:
     ]
     if receipt.budget_level:
         facts.append(
-            ("budget", f"{receipt.budget_level}: {money(receipt.budget_before_nano_usd)} → {money(receipt.budget_after_nano_usd)}")
+            (
+                "budget",
+                f"{receipt.budget_level}: {money(receipt.budget_before_nano_usd)} → {money(receipt.budget_after_nano_usd)}",
+            )
         )
     facts += [("went on without", words) for words in receipt.degradations]
     print_table(console, ("", ""), facts, title="Receipt")

@@ -15,10 +15,15 @@ from services.cli.state import READY_NAME, Ready, default_state_dir
 
 StateDirOption = Annotated[
     Path | None,
-    typer.Option("--state-dir", help="State directory of the running `sluice up`. Default: $SLUICE_STATE_DIR, else ~/.local/state/sluice."),
+    typer.Option(
+        "--state-dir",
+        help="State directory of the running `sluice up`. Default: $SLUICE_STATE_DIR, else ~/.local/state/sluice.",
+    ),
 ]
 TimeoutOption = Annotated[float, typer.Option("--timeout", help="Seconds that the call may take.", min=0.001)]
-KeyOption = Annotated[str | None, typer.Option("--key", envvar="SLUICE_KEY", help="Key to call with. Default: the one that `up` made.")]
+KeyOption = Annotated[
+    str | None, typer.Option("--key", envvar="SLUICE_KEY", help="Key to call with. Default: the one that `up` made.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -38,7 +43,5 @@ class Session:
         self.client = self._stack.enter_context(connect(self.ready, key=self._key))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stack.close()

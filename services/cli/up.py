@@ -422,8 +422,12 @@ def parse_replicas(values: list[str]) -> dict[str, int]:
 
 
 def command(
-    mesh: Annotated[bool, typer.Option("--mesh", help="One process per service, gRPC between them. Default: all in one.")] = False,
-    config: Annotated[Path | None, typer.Option("--config", help="YAML file; deploy/sluice.example.yaml has every setting.")] = None,
+    mesh: Annotated[
+        bool, typer.Option("--mesh", help="One process per service, gRPC between them. Default: all in one.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML file; deploy/sluice.example.yaml has every setting.")
+    ] = None,
     state_dir: Annotated[
         Path | None,
         typer.Option("--state-dir", help="Ledger, spool, keys, logs. Default: $SLUICE_STATE_DIR, else ~/.local/state/sluice."),
@@ -431,10 +435,14 @@ def command(
     port: Annotated[int, typer.Option("--port", help="HTTP port; 0: a free one.", min=0, max=65535)] = HTTP_PORT,
     grpc_port: Annotated[
         int | None,
-        typer.Option("--grpc-port", help="First gRPC port, one per service follows; 0: free ones. Default: 50051, with --port 0: 0."),
+        typer.Option(
+            "--grpc-port", help="First gRPC port, one per service follows; 0: free ones. Default: 50051, with --port 0: 0."
+        ),
     ] = None,
     ready_file: Annotated[Path | None, typer.Option("--ready-file", help="Written as JSON when everything serves.")] = None,
-    replicas: Annotated[list[str] | None, typer.Option("--replicas", help="Say gateway=3; repeat for more. Needs --mesh.")] = None,
+    replicas: Annotated[
+        list[str] | None, typer.Option("--replicas", help="Say gateway=3; repeat for more. Needs --mesh.")
+    ] = None,
 ) -> None:
     """Starts Sluice and its NATS, prints addresses and a working key, supervises until SIGTERM or Ctrl-C."""
     first = grpc_port if grpc_port is not None else (0 if port == 0 else GRPC_PORT)

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
-from sluice.caching.v1 import caching_service_pb2
-from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
-from sluice.metering.v1 import metering_service_pb2
 
 from services.gateway.breakers import Breaker
 from services.gateway.principals import Principal
 from services.gateway.receipts import Facts, duration, timestamp
 from services.runtime.call import Metadata
 from services.runtime.errors import Failure
+from sluice.caching.v1 import caching_service_pb2
+from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
+from sluice.metering.v1 import metering_service_pb2
 
 if TYPE_CHECKING:
     from sluice.caching.v1.caching_service_pb2_grpc import CachingServiceAsyncStub
@@ -62,7 +62,8 @@ class CacheClient:
             return False
         self._breaker.succeeded()
         facts.lookup = found
-        facts.cache_status = status = found.verdict.status
+        status: int = found.verdict.status
+        facts.cache_status = status if status <= receipt_pb2.CACHE_STATUS_UNAVAILABLE else receipt_pb2.CACHE_STATUS_UNSPECIFIED
         return status in HITS and found.HasField("answer")
 
 
@@ -129,9 +130,7 @@ class _Pending(NamedTuple):
 class CacheWriter:
     """Stores answers behind the path."""
 
-    def __init__(
-        self, stub: CachingServiceAsyncStub, *, max_count: int, max_bytes: int, call_seconds: float
-    ) -> None:
+    def __init__(self, stub: CachingServiceAsyncStub, *, max_count: int, max_bytes: int, call_seconds: float) -> None:
         self._store = stub.Store
         self._max_count = max_count
         self._max_bytes = max_bytes
@@ -153,7 +152,9 @@ class CacheWriter:
         request = facts.request
         ttl = request.cache.ttl if request.HasField("cache") and request.cache.HasField("ttl") else None
         self._queue.append(
-            _Pending(facts.principal.tenant_id, lookup.ticket, answer, facts.cost, facts.receive_ns, facts.operation_id, ttl, size)
+            _Pending(
+                facts.principal.tenant_id, lookup.ticket, answer, facts.cost, facts.receive_ns, facts.operation_id, ttl, size
+            )
         )
         self._bytes += size
         self._work.set()

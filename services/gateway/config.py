@@ -30,7 +30,9 @@ class BudgetConfig:
     lookup: float = setting(0.25, "Asking the cache; then the request goes on without", unit="s", minimum=0.001, maximum=60)
     plan: float = setting(1.0, "Asking routing; then the last good plan serves", unit="s", minimum=0.001, maximum=60)
     count: float = setting(0.25, "Counting tokens; then they are estimated", unit="s", minimum=0.001, maximum=60)
-    background: float = setting(5.0, "Calls behind the path: stores, settlements of hits, returned leases", unit="s", minimum=0.01, maximum=60)
+    background: float = setting(
+        5.0, "Calls behind the path: stores, settlements of hits, returned leases", unit="s", minimum=0.01, maximum=60
+    )
     drain: float = setting(10.0, "Waiting for requests under way at the end of the process", unit="s", minimum=0, maximum=600)
 
 
@@ -41,17 +43,31 @@ class Config:
     edge: EdgeConfig = field(default_factory=EdgeConfig)
     lease: LeaseConfig = field(default_factory=LeaseConfig)
     budgets: BudgetConfig = field(default_factory=BudgetConfig)
-    max_request_bytes: int = setting(16 * _MEBIBYTE, "Largest conversation", unit="bytes", minimum=1024, maximum=256 * _MEBIBYTE)
+    max_request_bytes: int = setting(
+        16 * _MEBIBYTE, "Largest conversation", unit="bytes", minimum=1024, maximum=256 * _MEBIBYTE
+    )
     default_max_output_tokens: int = setting(
-        4096, "Longest answer of a model whose own limit is unknown, when the caller sets none", unit="tokens", minimum=1, maximum=1_000_000
+        4096,
+        "Longest answer of a model whose own limit is unknown, when the caller sets none",
+        unit="tokens",
+        minimum=1,
+        maximum=1_000_000,
     )
     min_output_tokens: int = setting(
-        16, "Shortest answer that is worth a hold: with less money left the request is refused", unit="tokens", minimum=1, maximum=100_000
+        16,
+        "Shortest answer that is worth a hold: with less money left the request is refused",
+        unit="tokens",
+        minimum=1,
+        maximum=100_000,
     )
-    recheck_seconds: float = setting(30.0, "Longest time that an identity is used without asking metering again", unit="s", minimum=1, maximum=300)
+    recheck_seconds: float = setting(
+        30.0, "Longest time that an identity is used without asking metering again", unit="s", minimum=1, maximum=300
+    )
     max_identities: int = setting(10_000, "Keys whose identity is remembered", minimum=1, maximum=10_000_000)
     max_plans: int = setting(4096, "Plans that are remembered", minimum=1, maximum=1_000_000)
-    replay_count: int = setting(10_000, "Finished requests with a request id that can be replayed", minimum=1, maximum=10_000_000)
+    replay_count: int = setting(
+        10_000, "Finished requests with a request id that can be replayed", minimum=1, maximum=10_000_000
+    )
     replay_bytes: int = setting(64 * _MEBIBYTE, "Memory of their answers", unit="bytes", minimum=0)
     replay_seconds: float = setting(86_400.0, "How long they are kept, memory permitting", unit="s", minimum=1)
     store_count: int = setting(1024, "Answers that may wait to be stored in the cache; more are dropped", minimum=1)

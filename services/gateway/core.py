@@ -3,8 +3,8 @@
 The HTTP edge and the gRPC servicer both use `Core` and nothing behind it. Errors are raised as `services.runtime.errors.Failure`.
 
 On the hot path nothing is awaited that needn't be: identity, limits, money and plan come from what was leased or learned before, and
-what can be done after the answer is queued for workers. Requests with a request id take one more step (`_joined`), in which several
-callers share one operation.
+what can be done after the answer is queued for workers. Requests with a request id take one more step, in which several callers share
+one operation.
 """
 
 from __future__ import annotations
@@ -14,58 +14,57 @@ import contextlib
 import hashlib
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from sluice.caching.v1 import caching_service_pb2
-from sluice.execution.v1 import execution_service_pb2
-from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
-from sluice.routing.v1 import routing_service_pb2
-from sluice.tokenization.v1 import tokenization_service_pb2
-
-from services.gateway import features, holds, needs, validation
+from services.gateway import validation
 from services.gateway.breakers import Breaker
 from services.gateway.cache import CacheClient, CacheWriter, HitBook, may_store
-from services.gateway.holds import Tariff
+from services.gateway.features import code_signals, look, reasoning_signals
+from services.gateway.holds import covered_output, worst_cost
 from services.gateway.identities import Identities
 from services.gateway.journal import Journal
 from services.gateway.leases import Leases
+from services.gateway.needs import find_needs
 from services.gateway.operations import OperationIds, Requests, Shared, fingerprint
 from services.gateway.outcomes import Outcomes, Report
 from services.gateway.plans import Plan, PlanKey, PlannedCandidate, Plans, round_up
 from services.gateway.ports import Metering
 from services.gateway.principals import Principal
 from services.gateway.receipts import Completion, Facts, receipt_to_proto
+from services.gateway.refusals import context_window_exceeded, no_candidate
+from services.gateway.validation import Shape
 from services.gateway.voids import Voids
 from services.runtime.call import Metadata
 from services.runtime.errors import Failure, Reason, deadline_exceeded, invalid
+from sluice.execution.v1 import execution_service_pb2
+from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2, receipt_pb2
+from sluice.routing.v1 import routing_service_pb2
+from sluice.tokenization.v1 import tokenization_service_pb2
 
 if TYPE_CHECKING:
     from sluice.execution.v1.execution_service_pb2_grpc import ExecutionServiceAsyncStub
     from sluice.routing.v1.routing_service_pb2_grpc import RoutingServiceAsyncStub
     from sluice.tokenization.v1.tokenization_service_pb2_grpc import TokenizationServiceAsyncStub
 
-__all__ = ["Completion", "Core", "Limits", "Opened", "Peers", "Principal"]
+__all__ = ["Completion", "Core", "CoreLimits", "Opened", "Peers", "Principal", "StreamEvent", "Surroundings"]
 
 _IMAGE_TOKENS: Final = 2000
-"""Tokens of one picture in the local estimate: more than any provider's published formula gives for its largest tile count."""
+"""Tokens of one picture in the local estimate: more than any provider's published formula gives for a picture it doesn't shrink."""
 _MESSAGE_TOKENS: Final = 8
 """Tokens of a turn's frame in the local estimate."""
 _ESTIMATE_BOUND: Final = 3.0
 """The local estimate is a quarter of the bytes; a tokenizer that works on bytes makes at most one token of each."""
-
 _UNBILLED: Final = frozenset(
     (
         Reason.REQUEST_INVALID, Reason.REQUEST_TOO_LARGE, Reason.FIELD_UNSUPPORTED, Reason.MODEL_NOT_FOUND,
         Reason.CONTEXT_WINDOW_EXCEEDED, Reason.PERMISSION_DENIED, Reason.NO_CANDIDATE, Reason.PROVIDER_REJECTED,
         Reason.PROVIDER_AUTHENTICATION, Reason.PROVIDER_RATE_LIMITED, Reason.PROVIDER_OVERLOADED, Reason.BREAKER_OPEN,
         Reason.OVERLOADED, Reason.DRAINING,
-    )  # fmt: skip
-)
+    )
+)  # fmt: skip
 """Failures of execution after which nothing can have been charged, even where it doesn't say the cost."""
-
-Event = Opened_or_piece = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +79,1112 @@ class Opened:
     """Unix seconds."""
     is_wire: bool
     """Whether the pieces come as bytes of the accepted wire format, else as DeltaBatch."""
+
+
+StreamEvent = Opened | bytes | execution_service_pb2.DeltaBatch | Completion
+Answered = Completion | inference_service_pb2.EmbedResponse
+
+
+@dataclass(frozen=True, slots=True)
+class CoreLimits:
+    """Bounds and time budgets (seconds) of one request."""
+
+    max_request_bytes: int
+    default_max_output_tokens: int
+    min_output_tokens: int
+    authenticate: float
+    lease: float
+    plan: float
+    count: float
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The services that the core calls itself."""
+
+    routing: RoutingServiceAsyncStub
+    execution: ExecutionServiceAsyncStub
+    tokenization: TokenizationServiceAsyncStub
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the core works with; made in `app`."""
+
+    metering: Metering
+    identities: Identities
+    leases: Leases
+    plans: Plans
+    cache: CacheClient
+    writer: CacheWriter
+    hits: HitBook
+    voids: Voids
+    requests: Requests[Answered]
+    outcomes: Outcomes
+    journal: Journal
+
+
+class Core:
+    """The order of calls. Deadlines are moments of `clock`, which is the running loop's."""
+
+    def __init__(self, peers: Peers, around: Surroundings, limits: CoreLimits, clock: Callable[[], float]) -> None:
+        self._peers = peers
+        self._complete = peers.execution.Complete
+        self._stream_complete = peers.execution.StreamComplete
+        self._count_call = peers.tokenization.Count
+        self._around = around
+        self._leases = around.leases
+        self._plans = around.plans
+        self._cache = around.cache
+        self._journal = around.journal
+        self._limits = limits
+        self._clock = clock
+        self._ids = OperationIds()
+        self._count_breaker = Breaker()
+        self._under_way = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # Who calls
+
+    def known(self, secret: str) -> Principal | None:
+        """The principal of a key that was checked lately; None: ask `authenticate`. Hot path, no waiting."""
+        return self._around.identities.known(secret)
+
+    async def authenticate(self, secret: str | None) -> Principal:
+        """The principal of a key. Failure KEY_MISSING, KEY_INVALID, DEPENDENCY_UNAVAILABLE."""
+        return await self._around.identities.authenticate(secret, self._limits.authenticate)
+
+    # Answers
+
+    async def generate(
+        self,
+        principal: Principal,
+        request: inference_service_pb2.GenerateRequest,
+        *,
+        deadline: float,
+        forward: Metadata = (),
+    ) -> Completion:
+        """Answers a conversation. Failure with any reason that the contract of Generate allows."""
+        if not request.request_id:
+            return await self._generate(principal, request, deadline, forward)
+        shared = self._join(principal, request.request_id, request, "generate")
+        if shared is None:
+            shared = self._begin(
+                principal,
+                request.request_id,
+                request,
+                "generate",
+                lambda _: self._generate(principal, request, deadline, forward),
+            )
+        result = await self._result(shared, deadline)
+        assert isinstance(result, Completion), "the fingerprint tells embeddings from answers"
+        return result
+
+    async def stream(
+        self,
+        principal: Principal,
+        request: inference_service_pb2.GenerateRequest,
+        *,
+        accepted_wire: int,
+        deadline: float,
+        forward: Metadata = (),
+    ) -> AsyncGenerator[StreamEvent, None]:
+        """Answers a conversation piece by piece: first Opened, then bytes (only with `is_wire`) or DeltaBatch, last Completion.
+
+        Closing the iterator (`aclose`) cancels the operation, unless others have joined it.
+        """
+        if not request.request_id:
+            events = self._stream(principal, request, accepted_wire, deadline, forward)
+        else:
+            events = self._shared_stream(principal, request, accepted_wire, deadline, forward)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event
+
+    async def embed(
+        self,
+        principal: Principal,
+        request: inference_service_pb2.EmbedRequest,
+        *,
+        deadline: float,
+        forward: Metadata = (),
+    ) -> inference_service_pb2.EmbedResponse:
+        """Turns texts into vectors."""
+        if not request.request_id:
+            return await self._embed(principal, request, deadline, forward)
+        shared = self._join(principal, request.request_id, request, "embed")
+        if shared is None:
+            shared = self._begin(
+                principal, request.request_id, request, "embed", lambda _: self._embed(principal, request, deadline, forward)
+            )
+        result = await self._result(shared, deadline)
+        assert isinstance(result, inference_service_pb2.EmbedResponse), "the fingerprint tells embeddings from answers"
+        return result
+
+    # What is free
+
+    async def count_tokens(
+        self,
+        principal: Principal,
+        request: inference_service_pb2.CountTokensRequest,
+        *,
+        deadline: float,
+        forward: Metadata = (),
+    ) -> inference_service_pb2.CountTokensResponse:
+        """Counts a prompt for one model. Failure MODEL_NOT_FOUND; a model that can't be reached is counted all the same."""
+        self._require(principal, "inference")
+        validation.check_model(request.model, "model")
+        if not request.HasField("conversation"):
+            raise invalid("conversation", "is required")
+        shape = validation.check_conversation(request.conversation, self._limits.max_request_bytes)
+        key = PlanKey(
+            principal.tenant_id, request.model, receipt_pb2.TASK_TYPE_SIMPLE, (), "", None, principal.allowed_models,
+            False, 0, 0, 1, 0, 0, 0, -1,
+        )  # fmt: skip
+        plan, _ = await self._plans.fetch(key, self._left(deadline, self._limits.plan, "routing"), forward)
+        models = [candidate.model for candidate in plan.candidates]
+        model = request.model if request.model in models or not models else models[0]
+        count, _ = await self._count(model, request.conversation, shape, deadline, forward)
+        return inference_service_pb2.CountTokensResponse(input_count=count)
+
+    async def list_models(
+        self,
+        principal: Principal,
+        request: inference_service_pb2.ListModelsRequest,
+        *,
+        deadline: float,
+        forward: Metadata = (),
+    ) -> inference_service_pb2.ListModelsResponse:
+        """Lists what the key may use."""
+        validation.check_page(request.page_size, request.page_token)
+        response = await self._peers.routing.ListModels(
+            routing_service_pb2.ListModelsRequest(
+                page_size=request.page_size, page_token=request.page_token, allowed_models=principal.allowed_models
+            ),
+            timeout=self._left(deadline, self._limits.plan, "routing"),
+            metadata=forward,
+        )
+        return inference_service_pb2.ListModelsResponse(models=response.models, next_page_token=response.next_page_token)
+
+    async def explain(
+        self,
+        principal: Principal,
+        request: inference_service_pb2.ExplainRequest,
+        *,
+        deadline: float,
+        forward: Metadata = (),
+    ) -> inference_service_pb2.ExplainResponse:
+        """Says what `generate` would do: plan, count, hold, cache verdict. Takes nothing from any limit and stores nothing."""
+        self._require(principal, "inference")
+        wanted = request.request
+        facts = self._facts(principal, wanted, "explain")
+        facts.shape = shape = validation.check_generate(wanted, self._limits.max_request_bytes)
+        await self._plan(facts, shape, deadline, forward, streaming=False)
+        version = facts.plan.response.policy_version if facts.plan is not None else ""
+        await self._look_up(facts, version, deadline, forward)
+        if facts.candidates:
+            await self._count_and_fit(facts, shape, deadline, forward)
+            facts.hold = max(
+                (self._worst(facts, candidate)[0] for candidate in facts.candidates if candidate.tariff is not None), default=0
+            )
+        return inference_service_pb2.ExplainResponse(receipt=receipt_to_proto(facts))
+
+    async def report_outcome(
+        self, principal: Principal, request: inference_service_pb2.ReportOutcomeRequest
+    ) -> inference_service_pb2.ReportOutcomeResponse:
+        """Takes in whether an answer served; the last report per operation wins."""
+        self._require(principal, "inference")
+        validation.check_outcome(request)
+        score = request.score if request.HasField("score") else None
+        served = request.outcome == inference_service_pb2.OUTCOME_SERVED
+        self._around.outcomes.report(principal.tenant_id, request.operation_id, Report(served, score, request.comment))
+        return inference_service_pb2.ReportOutcomeResponse()
+
+    # The end of the process
+
+    def close_admission(self) -> None:
+        """From now on new requests are refused as DRAINING."""
+        self._draining = True
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """Waits until no request is under way; False when `timeout` seconds were not enough."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    # The hot path
+
+    async def _generate(
+        self, principal: Principal, request: inference_service_pb2.GenerateRequest, deadline: float, forward: Metadata
+    ) -> Completion:
+        facts = self._facts(principal, request, "generate")
+        self._enter()
+        try:
+            if not await self._prepare(facts, deadline, forward, streaming=False):
+                await self._run(facts, deadline, forward)
+            return self._finish(facts)
+        except BaseException as error:
+            self._fail(facts, error)
+            raise
+        finally:
+            self._leave(facts)
+
+    async def _stream(
+        self,
+        principal: Principal,
+        request: inference_service_pb2.GenerateRequest,
+        accepted_wire: int,
+        deadline: float,
+        forward: Metadata,
+    ) -> AsyncGenerator[StreamEvent, None]:
+        facts = self._facts(principal, request, "stream")
+        self._enter()
+        entered = True
+        try:
+            if await self._prepare(facts, deadline, forward, streaming=True):
+                answer = facts.answer
+                assert answer is not None, "a hit has an answer"
+                facts.first_byte_ns = time.monotonic_ns()
+                yield self._opened(facts, answer.model, is_wire=False)
+                yield deltas_of(answer)
+            else:
+                async with contextlib.aclosing(self._run_stream(facts, accepted_wire, deadline, forward)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            completion = self._finish(facts)
+            # Before the last event goes out: who doesn't ask for another one must not keep the slot.
+            self._leave(facts)
+            entered = False
+            yield completion
+        except BaseException as error:
+            if entered:
+                self._fail(facts, error)
+            raise
+        finally:
+            if entered:
+                self._leave(facts)
+
+    async def _prepare(self, facts: Facts, deadline: float, forward: Metadata, *, streaming: bool) -> bool:
+        """Everything before execution. True: the cache has answered and `facts.answer` is set."""
+        principal = facts.principal
+        if "inference" not in principal.scopes:
+            self._require(principal, "inference")
+        request = facts.request
+        facts.shape = shape = validation.check_generate(request, self._limits.max_request_bytes)
+        tokens = shape.text_bytes() // 4 + 1
+        lease = self._leases.admit(principal.key_id, tokens)
+        if lease is None:
+            lease = await self._leases.admit_waiting(
+                principal.key_id, tokens, self._left(deadline, self._limits.lease, "metering")
+            )
+        facts.lease = lease
+        facts.taken_tokens = tokens
+        if request.cache.mode == inference_service_pb2.CACHE_MODE_OFF:
+            facts.cache_status = receipt_pb2.CACHE_STATUS_BYPASS
+            facts.cache_reason = "the request says CACHE_MODE_OFF"
+            await self._plan(facts, shape, deadline, forward, streaming=streaming)
+        else:
+            version = self._plans.policy_version
+            if not version:
+                # The first request of the process: the version is a part of every cache key.
+                await self._plan(facts, shape, deadline, forward, streaming=streaming)
+                version = self._plans.policy_version
+            if await self._look_up(facts, version, deadline, forward):
+                return True
+            if facts.plan is None:
+                await self._plan(facts, shape, deadline, forward, streaming=streaming)
+        if not facts.candidates:
+            await self._plan_exactly(facts, shape, deadline, forward, streaming=streaming)
+        await self._count_and_fit(facts, shape, deadline, forward)
+        await self._hold(facts, deadline)
+        return False
+
+    async def _look_up(self, facts: Facts, version: str, deadline: float, forward: Metadata) -> bool:
+        began = time.monotonic_ns()
+        left = deadline - self._clock()
+        if left <= 0:
+            raise deadline_exceeded("the cache")
+        hit = await self._cache.look_up(facts, version, left, forward)
+        facts.lookup_ns = time.monotonic_ns() - began
+        if hit:
+            lookup = facts.lookup
+            assert lookup is not None, "a hit has a lookup"
+            facts.is_hit = True
+            facts.answer = lookup.answer.answer
+            facts.saved = lookup.answer.cost_nano_usd
+        return hit
+
+    async def _plan(
+        self, facts: Facts, shape: Shape, deadline: float, forward: Metadata, *, streaming: bool, input_bound: int = 0
+    ) -> Plan:
+        key = self._plan_key(facts, shape, streaming=streaming, input_bound=input_bound)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan, is_old = await self._plans.fetch(key, self._left(deadline, self._limits.plan, "routing"), forward)
+            if is_old:
+                facts.degrade("routing: last good plan, service unavailable")
+        facts.plan = plan
+        facts.candidates = plan.candidates
+        return plan
+
+    def _plan_key(self, facts: Facts, shape: Shape, *, streaming: bool, input_bound: int) -> PlanKey:
+        request = facts.request
+        conversation = request.conversation
+        principal = facts.principal
+        task_type: int = request.task_type
+        code = reasoning = 0
+        if task_type == receipt_pb2.TASK_TYPE_UNSPECIFIED:
+            text = look(shape.last_user_text)
+            code, reasoning = code_signals(text), reasoning_signals(text)
+        model = region = ""
+        allow_fallback: bool | None = None
+        max_cost = latency = 0
+        bucket = -1
+        if request.HasField("routing"):
+            routing = request.routing
+            model = routing.model
+            if model == "auto":
+                model = ""
+            region = routing.region
+            if routing.HasField("allow_fallback"):
+                allow_fallback = routing.allow_fallback
+            if routing.HasField("max_cost_nano_usd"):
+                # A limit of nothing leaves the free models; 0 itself says that there is none.
+                max_cost = max(1, routing.max_cost_nano_usd)
+            if routing.HasField("max_latency"):
+                latency = routing.max_latency.ToNanoseconds()
+            if routing.affinity_key:
+                bucket = zlib.crc32(routing.affinity_key.encode()) & 63
+        return PlanKey(
+            principal.tenant_id,
+            model,
+            task_type,
+            find_needs(conversation, shape, streaming=streaming),
+            region,
+            allow_fallback,
+            principal.allowed_models,
+            shape.image_count > 0,
+            code,
+            reasoning,
+            input_bound or round_up(_estimate(shape)),
+            conversation.max_output_tokens,
+            max_cost,
+            latency,
+            bucket,
+        )
+
+    async def _plan_exactly(self, facts: Facts, shape: Shape, deadline: float, forward: Metadata, *, streaming: bool) -> None:
+        """No candidate is left. Where that may be due to the coarse bound of the prompt, plans again with a real count; otherwise, or
+        when that doesn't help, raises the failure that says why.
+        """
+        plan = facts.plan
+        assert plan is not None, "candidates come from a plan"
+        narrow = [rejection.model for rejection in plan.response.rejections if rejection.filter == "context_window"]
+        if not narrow:
+            raise no_candidate(plan.response, _model(facts.request))
+        count, degraded = await self._count(narrow[0], facts.request.conversation, shape, deadline, forward)
+        if degraded:
+            facts.degrade(degraded)
+        facts.input_count = count
+        plan = await self._plan(facts, shape, deadline, forward, streaming=streaming, input_bound=max(1, count.token_count))
+        if facts.candidates:
+            return
+        rejections = plan.response.rejections
+        if any(rejection.filter != "context_window" for rejection in rejections) or not rejections:
+            raise no_candidate(plan.response, _model(facts.request))
+        raise context_window_exceeded(count.token_count, await self._largest_window(narrow, deadline, forward))
+
+    async def _largest_window(self, models: list[str], deadline: float, forward: Metadata) -> int:
+        """For the words of a refusal; 0 when it can't be found out."""
+        try:
+            catalogue = await self._peers.routing.ListModels(
+                routing_service_pb2.ListModelsRequest(page_size=1000, allowed_models=models),
+                timeout=self._left(deadline, self._limits.plan, "routing"),
+                metadata=forward,
+            )
+        except Failure:
+            return 0
+        return max((model.context_window for model in catalogue.models if model.id in models), default=0)
+
+    async def _count_and_fit(self, facts: Facts, shape: Shape, deadline: float, forward: Metadata) -> None:
+        """Counts the prompt for the first candidate and drops candidates into whose window it doesn't fit."""
+        candidates = facts.candidates
+        conversation = facts.request.conversation
+        count = facts.input_count
+        if count is None:
+            count, degraded = await self._count(candidates[0].model, conversation, shape, deadline, forward)
+            if degraded:
+                facts.degrade(degraded)
+            facts.input_count = count
+        needed = count.token_count + max(1, conversation.max_output_tokens)
+        for candidate in candidates:
+            if 0 < candidate.context_window < needed:
+                break
+        else:
+            return
+        left = []
+        rejections = []
+        largest = 0
+        for candidate in candidates:
+            if 0 < candidate.context_window < needed:
+                largest = max(largest, candidate.context_window)
+                rejections.append(
+                    (candidate.model, f"context_window: {needed} tokens are needed, its window has {candidate.context_window}")
+                )
+            else:
+                left.append(candidate)
+        if not left:
+            raise context_window_exceeded(needed, largest)
+        facts.window_rejections = rejections
+        facts.candidates = left
+
+    async def _count(
+        self, model: str, conversation: conversation_pb2.Conversation, shape: Shape, deadline: float, forward: Metadata
+    ) -> tuple[receipt_pb2.TokenCount, str]:
+        """The count of a prompt, and how it was degraded; empty: it wasn't."""
+        now = self._clock()
+        if self._count_breaker.allows(now):
+            left = deadline - now
+            if left <= 0:
+                raise deadline_exceeded("tokenization")
+            budget = self._limits.count
+            try:
+                response = await self._count_call(
+                    tokenization_service_pb2.CountRequest(models=(model,), conversation=conversation),
+                    timeout=min(left, budget),
+                    metadata=forward,
+                )
+                self._count_breaker.succeeded()
+                return response.counts[0], ""
+            except Failure as failure:
+                self._count_breaker.failed(self._clock())
+                reason = failure.reason.value
+        else:
+            reason = "it didn't answer lately"
+        return (
+            receipt_pb2.TokenCount(
+                token_count=_estimate(shape),
+                method=receipt_pb2.TOKEN_COUNT_METHOD_ESTIMATED,
+                tokenizer="bytes@1",
+                error_bound=_ESTIMATE_BOUND,
+            ),
+            f"tokenization: estimated, {reason}",
+        )
+
+    # Money
+
+    def _worst(self, facts: Facts, candidate: PlannedCandidate) -> tuple[int, int, int]:
+        """Worst cost of one attempt there, and the input and output tokens it is made of."""
+        tariff = candidate.tariff
+        shape, count = facts.shape, facts.input_count
+        assert tariff is not None, "asked for known prices only"
+        assert shape is not None, "checked before"
+        assert count is not None, "counted before"
+        tokens = count.token_count
+        if candidate.provider == facts.candidates[0].provider:
+            # Rounded up: a bound that is missed by a fraction of a token is missed.
+            input_tokens = tokens + -int(-tokens * count.error_bound // 1)
+        else:
+            # Another provider's tokenizer may cut finer; none that works on bytes makes more tokens than there are bytes.
+            input_tokens = max(tokens, shape.text_bytes() + _frame(shape))
+        output_tokens = facts.request.conversation.max_output_tokens
+        if candidate.max_output_tokens and (not output_tokens or candidate.max_output_tokens < output_tokens):
+            output_tokens = candidate.max_output_tokens
+        if not output_tokens:
+            output_tokens = self._limits.default_max_output_tokens
+        if candidate.context_window:
+            output_tokens = max(1, min(output_tokens, candidate.context_window - tokens))
+        return worst_cost(tariff, input_tokens, output_tokens, shape.image_count), input_tokens, output_tokens
+
+    async def _hold(self, facts: Facts, deadline: float) -> None:
+        """Reserves the worst case over the candidates, or as much of it as is left and of use, and clamps the answer to that."""
+        worst = least = 0
+        unbounded = False
+        for candidate in facts.candidates:
+            tariff = candidate.tariff
+            if tariff is None or tariff.is_free():
+                unbounded = unbounded or not (candidate.max_output_tokens or candidate.context_window)
+                continue
+            cost, input_tokens, output_tokens = self._worst(facts, candidate)
+            worst = max(worst, cost)
+            # What the answer would cost at its shortest, at the candidate that is cheapest then.
+            shape = facts.shape
+            assert shape is not None, "checked before"
+            short = worst_cost(tariff, input_tokens, min(output_tokens, self._limits.min_output_tokens), shape.image_count)
+            least = short if not least else min(least, short)
+            if not (candidate.max_output_tokens or candidate.context_window):
+                unbounded = True
+        conversation = facts.request.conversation
+        if unbounded and not conversation.max_output_tokens:
+            facts.max_output = self._limits.default_max_output_tokens
+        if worst == 0:
+            return
+        wanted = worst
+        routing = facts.request.routing
+        if routing.HasField("max_cost_nano_usd") and routing.max_cost_nano_usd < wanted:
+            wanted = routing.max_cost_nano_usd
+            if wanted < least:
+                raise Failure(
+                    Reason.COST_LIMIT,
+                    f"the request may cost {wanted} nano-USD and its prompt with a short answer costs up to {least}; "
+                    "raise max_cost_nano_usd or shorten the prompt",
+                    metadata={"max_cost_nano_usd": str(wanted)},
+                )
+        lease = facts.lease
+        assert lease is not None, "admitted before"
+        facts.budget_before = lease.budget_left()
+        if facts.budget_before is not None and lease.budget is not None:
+            facts.budget_level = lease.budget.level
+        taken = self._leases.take(lease, wanted) or await self._leases.take_waiting(
+            lease, wanted, self._left(deadline, self._limits.lease, "metering")
+        )
+        if taken:
+            facts.hold = wanted
+            facts.generation = lease.generation
+        else:
+            await self._hold_alone(facts, wanted, min(least, wanted), deadline)
+        if facts.hold < worst:
+            self._clamp(facts)
+
+    async def _hold_alone(self, facts: Facts, wanted: int, least: int, deadline: float) -> None:
+        """Asks metering for a hold of this operation's own."""
+        left = deadline - self._clock()
+        grant = await self._around.metering.hold(
+            facts.operation_id,
+            facts.principal.key_id,
+            wanted,
+            least,
+            time.time() + max(0.0, left) + 60.0,
+            timeout=self._left(deadline, self._limits.lease, "metering"),
+        )
+        facts.hold = grant.amount_nano_usd
+        facts.hold_id = grant.hold_id
+        if grant.budget_before_nano_usd is not None:
+            facts.budget_before = grant.budget_before_nano_usd
+            facts.budget_level = grant.budget_level
+
+    def _clamp(self, facts: Facts) -> None:
+        """Drops candidates that the hold doesn't pay for, and cuts the answer to what it pays for at all the others."""
+        shape = facts.shape
+        assert shape is not None, "checked before"
+        left = []
+        longest = 0
+        for candidate in facts.candidates:
+            tariff = candidate.tariff
+            if tariff is None or tariff.is_free():
+                left.append(candidate)
+                continue
+            _, input_tokens, output_tokens = self._worst(facts, candidate)
+            covered = covered_output(tariff, input_tokens, shape.image_count, facts.hold, output_tokens)
+            if covered < min(output_tokens, self._limits.min_output_tokens):
+                continue
+            left.append(candidate)
+            if covered < output_tokens:
+                longest = min(longest, covered) if longest else covered
+        if not left:
+            self._release(facts, 0)
+            raise Failure(
+                Reason.BUDGET_EXHAUSTED,
+                f"{facts.hold} nano-USD are left of the budget, which doesn't cover the prompt and a short answer",
+                metadata={
+                    "level": facts.budget_level or "key",
+                    "remaining_nano_usd": str(facts.hold),
+                    "needed_nano_usd": str(min(self._worst(facts, c)[0] for c in facts.candidates if c.tariff is not None)),
+                },
+            )
+        facts.candidates = left
+        if longest:
+            facts.max_output = longest
+
+    def _release(self, facts: Facts, cost: int | None) -> None:
+        """The hold ends: `cost` of it was spent, None: nobody here knows."""
+        amount = facts.hold
+        if not amount:
+            return
+        if facts.hold_id:
+            if cost == 0:
+                self._around.voids.add(facts.hold_id)
+            return
+        lease = facts.lease
+        assert lease is not None, "a hold without its own id came from the lease"
+        if cost is None:
+            self._leases.strand(lease, facts.generation, amount)
+        else:
+            self._leases.settle(lease, facts.generation, amount, cost)
+
+    # Execution
+
+    async def _run(self, facts: Facts, deadline: float, forward: Metadata) -> None:
+        cost: int | None = 0
+        try:
+            request = execution_service_pb2.CompleteRequest()
+            self._fill(request, facts)
+            timeout = self._left(deadline, 1e9, "a provider")
+            cost = None
+            response = await self._complete(request, timeout=timeout, metadata=forward)
+            cost = response.cost_nano_usd
+        except Failure as failure:
+            cost = settled_cost(failure)
+            raise
+        finally:
+            self._release(facts, cost)
+        self._take_in(facts, response)
+
+    async def _run_stream(
+        self, facts: Facts, accepted_wire: int, deadline: float, forward: Metadata
+    ) -> AsyncGenerator[StreamEvent, None]:
+        cost: int | None = 0
+        finished: execution_service_pb2.CompletionFinished | None = None
+        try:
+            request = execution_service_pb2.StreamCompleteRequest(
+                accepted_wire=execution_service_pb2.WireFormat.ValueType(accepted_wire)
+            )
+            self._fill(request, facts)
+            timeout = self._left(deadline, 1e9, "a provider")
+            cost = None
+            # Channels of the mesh return async generators, whatever the stub's type says.
+            stream: Any = self._stream_complete(request, timeout=timeout, metadata=forward)
+            async with contextlib.aclosing(stream) as replies:
+                async for reply in replies:
+                    kind = reply.WhichOneof("event")
+                    if kind == "wire":
+                        yield reply.wire
+                    elif kind == "deltas":
+                        yield reply.deltas
+                    elif kind == "opened":
+                        facts.first_byte_ns = time.monotonic_ns()
+                        opened = reply.opened
+                        yield self._opened(facts, opened.model, is_wire=opened.is_wire)
+                    elif kind == "finished":
+                        finished = reply.finished
+                        cost = finished.cost_nano_usd
+        except Failure as failure:
+            cost = settled_cost(failure)
+            raise
+        finally:
+            self._release(facts, cost)
+        if finished is None:
+            raise Failure(Reason.INTERNAL, "the answer ended without its end")
+        self._take_in(facts, finished)
+
+    def _fill(
+        self,
+        request: execution_service_pb2.CompleteRequest | execution_service_pb2.StreamCompleteRequest,
+        facts: Facts,
+    ) -> None:
+        wanted = facts.request
+        plan, principal, lease = facts.plan, facts.principal, facts.lease
+        assert plan is not None, "planned before"
+        assert lease is not None, "admitted before"
+        assert facts.input_count is not None, "counted before"
+        request.operation_id = facts.operation_id
+        request.conversation.CopyFrom(wanted.conversation)
+        if facts.max_output:
+            request.conversation.max_output_tokens = facts.max_output
+        if facts.candidates is plan.candidates:
+            request.candidates.extend(plan.messages)
+        else:
+            request.candidates.extend([candidate.message for candidate in facts.candidates])
+        billing = request.billing
+        billing.tenant_id = principal.tenant_id
+        billing.project_id = principal.project_id
+        billing.key_id = principal.key_id
+        billing.hold_nano_usd = facts.hold
+        billing.task_type = plan.response.task_type
+        if facts.hold_id:
+            billing.hold_id = facts.hold_id
+        else:
+            billing.lease_id = lease.lease_id
+        if wanted.metadata:
+            request.metadata.MergeFrom(wanted.metadata)
+        if wanted.end_user:
+            request.end_user_hash = end_user_hash(principal, wanted.end_user)
+        request.input_count.CopyFrom(facts.input_count)
+
+    def _take_in(
+        self, facts: Facts, response: execution_service_pb2.CompleteResponse | execution_service_pb2.CompletionFinished
+    ) -> None:
+        facts.answer = answer = response.answer
+        facts.attempts = response.attempts
+        facts.cost = response.cost_nano_usd
+        facts.price_version = response.price_version
+        if may_store(facts, answer):
+            self._around.writer.add(facts, answer)
+
+    def _opened(self, facts: Facts, model: str, *, is_wire: bool) -> Opened:
+        return Opened(facts.operation_id, facts.request.request_id, model, facts.receive_ns // 1_000_000_000, is_wire)
+
+    # Beginning and end of an operation
+
+    def _facts(self, principal: Principal, request: inference_service_pb2.GenerateRequest, kind: str) -> Facts:
+        if self._draining:
+            raise Failure(Reason.DRAINING, "this replica is going down; send the request again", retry_delay=1.0)
+        return Facts(self._ids.create(), principal, request, kind, time.time_ns(), time.monotonic_ns())
+
+    def _enter(self) -> None:
+        self._under_way += 1
+        if self._under_way == 1:
+            self._idle.clear()
+
+    def _leave(self, facts: Facts) -> None:
+        lease = facts.lease
+        if lease is not None:
+            answer = facts.answer
+            used = 0
+            if not facts.is_hit:
+                used = facts.taken_tokens
+                if answer is not None:
+                    used = answer.usage.input_token_count + answer.usage.output_token_count
+            self._leases.leave(lease, used - facts.taken_tokens)
+        self._under_way -= 1
+        if self._under_way == 0:
+            self._idle.set()
+
+    def _finish(self, facts: Facts) -> Completion:
+        answer = facts.answer
+        assert answer is not None, "a finished operation has an answer"
+        facts.end_ns = time.monotonic_ns()
+        if not facts.first_byte_ns:
+            facts.first_byte_ns = facts.end_ns
+        if facts.is_hit:
+            self._around.hits.add(facts)
+        self._journal.add(facts, answer.model, "ok")
+        return Completion(facts, answer)
+
+    def _fail(self, facts: Facts, error: BaseException) -> None:
+        facts.end_ns = time.monotonic_ns()
+        if isinstance(error, Failure):
+            outcome = error.reason.value
+        elif isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            outcome = Reason.CANCELLED.value
+        else:
+            outcome = Reason.INTERNAL.value
+        model = facts.candidates[0].model if facts.candidates else ""
+        self._journal.add(facts, model, outcome)
+
+    def _left(self, deadline: float, budget: float, what: str) -> float:
+        left = deadline - self._clock()
+        if left <= 0:
+            raise deadline_exceeded(what)
+        return min(budget, left)
+
+    def _require(self, principal: Principal, scope: str) -> None:
+        if scope not in principal.scopes:
+            raise Failure(
+                Reason.PERMISSION_DENIED,
+                f"the key lacks the scope {scope!r}; use a key that has it",
+                metadata={"needs": scope},
+            )
+
+    # Embeddings
+
+    async def _embed(
+        self, principal: Principal, request: inference_service_pb2.EmbedRequest, deadline: float, forward: Metadata
+    ) -> inference_service_pb2.EmbedResponse:
+        # The facts of an embedding are those of a request without a conversation.
+        facts = self._facts(
+            principal,
+            inference_service_pb2.GenerateRequest(
+                request_id=request.request_id, metadata=request.metadata, end_user=request.end_user
+            ),
+            "embed",
+        )
+        facts.cache_status = receipt_pb2.CACHE_STATUS_BYPASS
+        facts.cache_reason = "embeddings are not cached"
+        self._enter()
+        try:
+            return await self._run_embed(facts, request, deadline, forward)
+        except BaseException as error:
+            self._fail(facts, error)
+            raise
+        finally:
+            self._leave(facts)
+
+    async def _run_embed(
+        self, facts: Facts, request: inference_service_pb2.EmbedRequest, deadline: float, forward: Metadata
+    ) -> inference_service_pb2.EmbedResponse:
+        principal = facts.principal
+        self._require(principal, "inference")
+        facts.shape = shape = validation.check_embed(request, self._limits.max_request_bytes)
+        facts.taken_tokens = tokens = shape.byte_count // 4 + 1
+        lease = self._leases.admit(principal.key_id, tokens)
+        if lease is None:
+            lease = await self._leases.admit_waiting(
+                principal.key_id, tokens, self._left(deadline, self._limits.lease, "metering")
+            )
+        facts.lease = lease
+        key_needs: tuple[str, ...] = ("embeddings",)
+        if request.HasField("dimension_count"):
+            key_needs = ("embeddings", "field:dimension_count")
+        key = PlanKey(
+            principal.tenant_id, request.model, receipt_pb2.TASK_TYPE_SIMPLE, key_needs, "", None, principal.allowed_models,
+            False, 0, 0, round_up(tokens), 0, 0, 0, -1,
+        )  # fmt: skip
+        plan = self._plans.get(key)
+        if plan is None:
+            plan, is_old = await self._plans.fetch(key, self._left(deadline, self._limits.plan, "routing"), forward)
+            if is_old:
+                facts.degrade("routing: last good plan, service unavailable")
+        facts.plan, facts.candidates = plan, plan.candidates
+        if not plan.candidates:
+            raise no_candidate(plan.response, request.model)
+        # A byte is at least a token's worth: the bound needs no tokenizer, and the prompt is all that an embedding costs.
+        facts.input_count = receipt_pb2.TokenCount(
+            token_count=_estimate(shape),
+            method=receipt_pb2.TOKEN_COUNT_METHOD_ESTIMATED,
+            tokenizer="bytes@1",
+            error_bound=_ESTIMATE_BOUND,
+        )
+        await self._hold_embedding(facts, shape, deadline)
+        response = await self._execute_embed(facts, request, deadline, forward)
+        facts.end_ns = time.monotonic_ns()
+        facts.cost = response.cost_nano_usd
+        facts.answer = answer_pb2.Answer(model=response.model, usage=response.usage)
+        facts.attempts = response.attempts
+        self._journal.add(facts, response.model, "ok")
+        return inference_service_pb2.EmbedResponse(
+            operation_id=facts.operation_id,
+            embeddings=response.embeddings,
+            usage=response.usage,
+            cost_nano_usd=response.cost_nano_usd,
+            model=response.model,
+        )
+
+    async def _hold_embedding(self, facts: Facts, shape: Shape, deadline: float) -> None:
+        worst = 0
+        for candidate in facts.candidates:
+            if candidate.tariff is not None:
+                worst = max(worst, worst_cost(candidate.tariff, shape.byte_count + _frame(shape), 0, 0))
+        if not worst:
+            return
+        lease = facts.lease
+        assert lease is not None, "admitted before"
+        if self._leases.take(lease, worst) or await self._leases.take_waiting(
+            lease, worst, self._left(deadline, self._limits.lease, "metering")
+        ):
+            facts.hold = worst
+            facts.generation = lease.generation
+        else:
+            await self._hold_alone(facts, worst, worst, deadline)
+
+    async def _execute_embed(
+        self, facts: Facts, request: inference_service_pb2.EmbedRequest, deadline: float, forward: Metadata
+    ) -> execution_service_pb2.EmbedResponse:
+        plan, principal, lease = facts.plan, facts.principal, facts.lease
+        assert plan is not None, "planned before"
+        assert lease is not None, "admitted before"
+        wanted = execution_service_pb2.EmbedRequest(
+            operation_id=facts.operation_id,
+            candidates=plan.messages,
+            inputs=request.inputs,
+            billing=execution_service_pb2.Billing(
+                tenant_id=principal.tenant_id,
+                project_id=principal.project_id,
+                key_id=principal.key_id,
+                lease_id="" if facts.hold_id else lease.lease_id,
+                hold_id=facts.hold_id,
+                hold_nano_usd=facts.hold,
+                task_type=plan.response.task_type,
+            ),
+            end_user_hash=end_user_hash(principal, request.end_user) if request.end_user else "",
+            metadata=request.metadata,
+        )
+        if request.HasField("dimension_count"):
+            wanted.dimension_count = request.dimension_count
+        cost: int | None = 0
+        try:
+            timeout = self._left(deadline, 1e9, "a provider")
+            cost = None
+            response = await self._peers.execution.Embed(wanted, timeout=timeout, metadata=forward)
+            cost = response.cost_nano_usd
+        except Failure as failure:
+            cost = settled_cost(failure)
+            raise
+        finally:
+            self._release(facts, cost)
+        return response
+
+    # Requests with a request id
+
+    def _join(
+        self,
+        principal: Principal,
+        request_id: str,
+        request: inference_service_pb2.GenerateRequest | inference_service_pb2.EmbedRequest,
+        kind: str,
+    ) -> Shared[Answered] | None:
+        """The operation that has this request id already."""
+        validation.check_request_id(request_id)
+        self._require(principal, "inference")
+        return self._around.requests.find(principal.tenant_id, request_id, _body(request, kind))
+
+    def _begin(
+        self,
+        principal: Principal,
+        request_id: str,
+        request: inference_service_pb2.GenerateRequest | inference_service_pb2.EmbedRequest,
+        kind: str,
+        work: Callable[[Shared[Answered]], Coroutine[Any, Any, Answered]],
+    ) -> Shared[Answered]:
+        """Starts an operation in a task of its own, so that it outlives the caller that began it when others have joined."""
+        requests = self._around.requests
+        shared = requests.begin(principal.tenant_id, request_id, _body(request, kind))
+
+        async def run() -> None:
+            size = 0
+            try:
+                result = await work(shared)
+                size = result.answer.ByteSize() if isinstance(result, Completion) else result.ByteSize()
+                shared.finish(result)
+            except asyncio.CancelledError:
+                shared.fail(Failure(Reason.CANCELLED, "the request was cancelled"))
+                raise
+            except BaseException as error:  # noqa: BLE001  # The boundary of the task: whoever waits gets the error.
+                shared.fail(error)
+            finally:
+                requests.end(principal.tenant_id, request_id, shared, size)
+
+        shared.work = asyncio.get_running_loop().create_task(run())
+        return shared
+
+    async def _result(self, shared: Shared[Answered], deadline: float) -> Answered:
+        """Waits for the result of a shared operation. The last one to stop waiting cancels it."""
+        with _waiting(shared):
+            while not shared.is_done():
+                await self._change(shared, deadline)
+        if shared.failure is not None:
+            raise shared.failure
+        assert shared.result is not None, "done without a failure"
+        return shared.result
+
+    async def _change(self, shared: Shared[Answered], deadline: float) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await shared.change()
+        except TimeoutError:
+            raise deadline_exceeded("the operation of this request id") from None
+
+    async def _shared_stream(
+        self,
+        principal: Principal,
+        request: inference_service_pb2.GenerateRequest,
+        accepted_wire: int,
+        deadline: float,
+        forward: Metadata,
+    ) -> AsyncGenerator[StreamEvent, None]:
+        shared = self._join(principal, request.request_id, request, "generate")
+        if shared is None:
+
+            async def pump(mine: Shared[Answered]) -> Answered:
+                async with contextlib.aclosing(self._stream(principal, request, accepted_wire, deadline, forward)) as events:
+                    async for event in events:
+                        if isinstance(event, Completion):
+                            return event
+                        mine.add(event, _weight(event))
+                        while mine.is_full():
+                            await self._change(mine, deadline)
+                raise Failure(Reason.INTERNAL, "the answer ended without its end")
+
+            shared = self._begin(principal, request.request_id, request, "generate", pump)
+            shared.wire = accepted_wire
+        opened = False
+        with _waiting(shared), shared.read() as reader:
+            # A stream in a format that this caller can't read, or whose begin is gone, is waited for and given whole.
+            while reader.is_whole and shared.wire in (accepted_wire, 0):
+                event = reader.next()
+                if event is not None:
+                    opened = True
+                    yield cast(StreamEvent, event)
+                elif shared.is_done():
+                    break
+                else:
+                    await self._change(shared, deadline)
+            reader.close()
+            while not shared.is_done():
+                await self._change(shared, deadline)
+        if shared.failure is not None:
+            raise shared.failure
+        result = shared.result
+        assert isinstance(result, Completion), "the fingerprint tells embeddings from answers"
+        if not opened:
+            yield Opened(result.operation_id, result.request_id, result.answer.model, result.created, False)
+            yield deltas_of(result.answer)
+        yield result
+
+
+@contextlib.contextmanager
+def _waiting(shared: Shared[Answered]) -> Iterator[None]:
+    """Counts a caller that waits; the last one to leave before the end cancels the operation."""
+    shared.waiters += 1
+    try:
+        yield
+    finally:
+        shared.waiters -= 1
+        if shared.waiters == 0 and not shared.is_done() and shared.work is not None:
+            shared.work.cancel()
+
+
+def _body(request: inference_service_pb2.GenerateRequest | inference_service_pb2.EmbedRequest, kind: str) -> bytes:
+    """The fingerprint of what is asked. How it is asked for, whole or in pieces, is not a part of it."""
+    return fingerprint(kind.encode() + b"\0" + request.SerializeToString(deterministic=True))
+
+
+def _weight(event: StreamEvent) -> int:
+    if isinstance(event, bytes):
+        return len(event)
+    return event.ByteSize() if isinstance(event, execution_service_pb2.DeltaBatch) else 0
+
+
+def _model(request: inference_service_pb2.GenerateRequest) -> str:
+    return request.routing.model or "auto"
+
+
+def _frame(shape: Shape) -> int:
+    """Tokens in the local bound that come from no text: frames of turns, and pictures."""
+    return shape.message_count * _MESSAGE_TOKENS + shape.image_count * _IMAGE_TOKENS
+
+
+def _estimate(shape: Shape) -> int:
+    """Tokens of a prompt by its size alone."""
+    return -(-shape.text_bytes() // 4) + _frame(shape)
+
+
+def end_user_hash(principal: Principal, end_user: str) -> str:
+    """What a provider is told of the application's user: equal for equal names of a tenant, and nothing more."""
+    return hashlib.sha256(f"{principal.tenant_id}\0{end_user}".encode()).hexdigest()
+
+
+def settled_cost(failure: Failure) -> int | None:
+    """What execution charged before it failed, nano-dollars; None: it doesn't say, and something may have been charged."""
+    said = failure.metadata.get("cost_nano_usd")
+    if said is not None and said.isascii() and said.isdigit():
+        return int(said)
+    if failure.reason in _UNBILLED:
+        return 0
+    return None
+
+
+def deltas_of(answer: answer_pb2.Answer) -> execution_service_pb2.DeltaBatch:
+    """A whole answer as pieces of a stream."""
+    batch = execution_service_pb2.DeltaBatch()
+    calls = 0
+    for part in answer.message.parts:
+        kind = part.WhichOneof("kind")
+        if kind == "text":
+            batch.deltas.add(text=part.text)
+        elif kind == "refusal":
+            batch.deltas.add(refusal=part.refusal)
+        elif kind == "reasoning":
+            batch.deltas.add(reasoning=part.reasoning)
+        elif kind == "tool_call":
+            call = part.tool_call
+            batch.deltas.add(
+                tool_call=answer_pb2.ToolCallDelta(index=calls, id=call.id, name=call.name, arguments_json=call.arguments_json)
+            )
+            calls += 1
+    return batch

@@ -18,7 +18,14 @@ _KEYWORDS: Final = (
 _CODE_WORDS: Final = ("code", "python", "javascript", "typescript", "golang", "rust ", "java ", "sql", "regex", "compile", "refactor",
     "unit test", "stack trace", "script", "bug")  # fmt: skip
 _FILE_NAMES: Final = re.compile(r"\w\.(?:py|js|ts|tsx|go|rs|java|c|cc|cpp|h|rb|php|sql|sh|ya?ml|toml|json|html|css)\b")
-_TRACES: Final = ("traceback (most recent call last)", "exception in thread", "panic: ", "segmentation fault", "error: ", "    at ")
+_TRACES: Final = (
+    "traceback (most recent call last)",
+    "exception in thread",
+    "panic: ",
+    "segmentation fault",
+    "error: ",
+    "    at ",
+)
 _THOUGHT: Final = ("step by step", "prove", "proof", "derive", "reason", "think ", "plan ", "explain why", "theorem", "solve", "puzzle",
     "how many", "calculate", "compare", "trade-off", "deduce")  # fmt: skip
 _FORMULA: Final = re.compile(r"\d\s*[-+*/^=<>]\s*\d|[a-z]\s*=\s*[-\da-z]|[∑∫√≤≥≠∀∃]|\\frac|\$\$")

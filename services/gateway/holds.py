@@ -24,10 +24,7 @@ class Tariff:
     def is_free(self) -> bool:
         """Whether nothing is ever charged."""
         return not (
-            self.input_nano_usd_per_million
-            or self.output_nano_usd_per_million
-            or self.image_nano_usd
-            or self.request_nano_usd
+            self.input_nano_usd_per_million or self.output_nano_usd_per_million or self.image_nano_usd or self.request_nano_usd
         )
 
 

@@ -132,9 +132,7 @@ class Leases:
         lease.tokens -= tokens
         lease.in_flight += 1
         lease.used = True
-        if not lease.wanted and (
-            lease.requests < lease.low_requests or lease.tokens < lease.low_tokens or now >= lease.renews
-        ):
+        if not lease.wanted and (lease.requests < lease.low_requests or lease.tokens < lease.low_tokens or now >= lease.renews):
             self._want(lease)
         return lease
 
@@ -301,9 +299,7 @@ class Leases:
         raise unavailable("metering", "the lease ran out while it was renewed; retry")
 
     async def _refill(self, lease: Lease, needed_money: int, timeout: float) -> None:
-        await self._refills.run(
-            lease.key_id, lambda: self._ask(lease, needed_money, min(timeout, self._call_seconds)), timeout
-        )
+        await self._refills.run(lease.key_id, lambda: self._ask(lease, needed_money, min(timeout, self._call_seconds)), timeout)
 
     async def _ask(self, lease: Lease, needed_money: int, timeout: float) -> None:
         now = self._clock()

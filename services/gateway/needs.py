@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from sluice.inference.v1 import conversation_pb2
-
 from services.gateway.validation import Shape
+from sluice.inference.v1 import conversation_pb2
 
 FIELD_PREFIX: Final = "field:"
 

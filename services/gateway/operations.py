@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from services.runtime.errors import Failure, Reason
 
@@ -44,47 +45,137 @@ class OperationIds:
         return self._prefix + _PAIRS[count >> 20] + _PAIRS[count >> 10 & 1023] + _PAIRS[count & 1023]
 
 
-class Shared(Generic[Result]):
-    """One operation that several callers wait for. `events` is what a stream has yielded so far, in order."""
+_MAX_KEPT_BYTES: Final = 4 * 1024 * 1024
+"""Pieces of a stream that are kept for callers that join it later. Past that, pieces that everybody has read are dropped."""
 
-    __slots__ = ("_changed", "events", "failure", "fingerprint", "result", "size", "waiters", "work")
+
+class Shared(Generic[Result]):
+    """One operation that several callers wait for, and the pieces of its stream so far."""
+
+    __slots__ = (
+        "_base", "_changed", "_kept_bytes", "_pieces", "_readers", "failure", "fingerprint", "result", "size", "waiters", "wire", "work",
+    )  # fmt: skip
 
     def __init__(self, fingerprint: bytes) -> None:
         self.fingerprint = fingerprint
-        self.events: list[object] = []
         self.result: Result | None = None
         self.failure: BaseException | None = None
         self.waiters = 0
         self.size = 0
+        """Weight of the result among those that are remembered."""
+        self.wire = 0
+        """Wire format of the stream; 0: none in particular."""
         self.work: asyncio.Task[None] | None = None
+        self._pieces: deque[tuple[object, int]] = deque()
+        self._base = 0
+        self._kept_bytes = 0
+        self._readers: list[Reader] = []
         self._changed: asyncio.Event = asyncio.Event()
 
     def is_done(self) -> bool:
         """Whether the result or the failure is there."""
         return self.result is not None or self.failure is not None
 
-    def add(self, event: object) -> None:
-        """Appends a piece of a stream."""
-        self.events.append(event)
+    def add(self, piece: object, weight: int) -> None:
+        """Appends a piece of a stream of `weight` bytes."""
+        self._pieces.append((piece, weight))
+        self._kept_bytes += weight
+        self._drop_read()
         self._wake()
 
+    def is_full(self) -> bool:
+        """Whether the slowest reader is so far behind that no piece should be added."""
+        return self._kept_bytes > _MAX_KEPT_BYTES and bool(self._readers)
+
     def finish(self, result: Result) -> None:
-        """Sets the result. The pieces are dropped: the result has all that a replay needs."""
+        """Sets the result, which every waiter gets."""
         self.result = result
-        self._wake()
+        self._end()
 
     def fail(self, failure: BaseException) -> None:
         """Sets the failure, which every waiter gets."""
         self.failure = failure
-        self._wake()
+        self._end()
 
     async def change(self) -> None:
-        """Returns when something was added since this call began."""
+        """Returns when something has changed since this call began."""
         await self._changed.wait()
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Reader]:
+        """A reader of the pieces from the first one on."""
+        reader = Reader(self)
+        self._readers.append(reader)
+        try:
+            yield reader
+        finally:
+            reader.close()
+
+    def piece(self, index: int) -> object | None:
+        """The piece at an index; None: not there yet."""
+        place = index - self._base
+        return self._pieces[place][0] if place < len(self._pieces) else None
+
+    def has_begin(self) -> bool:
+        """Whether no piece was dropped."""
+        return self._base == 0
+
+    def has_advanced(self) -> None:
+        """A reader has read on."""
+        if self._kept_bytes > _MAX_KEPT_BYTES:
+            self._drop_read()
+            self._wake()
+
+    def remove(self, reader: Reader) -> None:
+        """A reader has left."""
+        if reader in self._readers:
+            self._readers.remove(reader)
+            self.has_advanced()
+            if self.is_done():
+                self._end()
+
+    def _drop_read(self) -> None:
+        slowest = min((reader.index for reader in self._readers), default=self._base + len(self._pieces))
+        while self._kept_bytes > _MAX_KEPT_BYTES and self._base < slowest:
+            _, weight = self._pieces.popleft()
+            self._kept_bytes -= weight
+            self._base += 1
+
+    def _end(self) -> None:
+        if not self._readers:
+            # Whoever comes now gets the result itself.
+            self._pieces.clear()
+            self._kept_bytes = 0
+            self._base = 1
+        self._wake()
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+class Reader:
+    """A place in the pieces of a shared operation."""
+
+    __slots__ = ("_shared", "index", "is_whole")
+
+    def __init__(self, shared: Shared[Any]) -> None:
+        self._shared = shared
+        self.index = 0
+        self.is_whole = shared.has_begin()
+        """Whether it could begin at the first piece."""
+
+    def next(self) -> object | None:
+        """The next piece; None: not there yet."""
+        piece = self._shared.piece(self.index)
+        if piece is not None:
+            self.index += 1
+            self._shared.has_advanced()
+        return piece
+
+    def close(self) -> None:
+        """Lets go of its place."""
+        self._shared.remove(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +233,6 @@ class Requests(Generic[Result]):
         if self._running.get(key) is shared:
             del self._running[key]
         shared.work = None
-        shared.events = []
         if shared.result is None or size > self._limits.max_bytes:
             return
         shared.size = size

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from google.protobuf.duration_pb2 import Duration
-from sluice.inference.v1 import receipt_pb2
-from sluice.metering.v1 import price_pb2
-from sluice.routing.v1 import routing_service_pb2
 
 from services.gateway.breakers import Breaker
 from services.gateway.flights import Flights
 from services.gateway.holds import Tariff
 from services.runtime.call import Metadata
 from services.runtime.errors import Failure, Reason, unavailable
+from sluice.inference.v1 import receipt_pb2
+from sluice.metering.v1 import price_pb2
+from sluice.routing.v1 import routing_service_pb2
 
 _OUTAGES: Final = frozenset((Reason.DEPENDENCY_UNAVAILABLE, Reason.DEADLINE_EXCEEDED, Reason.OVERLOADED, Reason.DRAINING))
 _MAX_STALE_SECONDS: Final = 3600.0
@@ -70,7 +70,9 @@ class Plan:
 
     __slots__ = ("candidates", "fresh_until", "messages", "response")
 
-    def __init__(self, response: routing_service_pb2.PlanResponse, candidates: tuple[PlannedCandidate, ...], fresh_until: float) -> None:
+    def __init__(
+        self, response: routing_service_pb2.PlanResponse, candidates: tuple[PlannedCandidate, ...], fresh_until: float
+    ) -> None:
         self.response = response
         self.candidates = candidates
         self.messages = tuple(candidate.message for candidate in candidates)
@@ -120,7 +122,9 @@ class Plans:
         if not self._breaker.allows(self._clock()):
             return self._stand_in(key, None), True
         try:
-            return await self._flights.run(key, lambda: self._ask(key, min(timeout, self._call_seconds), metadata), timeout), False
+            return await self._flights.run(
+                key, lambda: self._ask(key, min(timeout, self._call_seconds), metadata), timeout
+            ), False
         except Failure as failure:
             if failure.reason not in _OUTAGES:
                 raise
@@ -129,7 +133,9 @@ class Plans:
     def _stand_in(self, key: PlanKey, failure: Failure | None) -> Plan:
         plan = self._plans.get(key) or self._last_good.get(key.essence())
         if plan is None or self._clock() > plan.fresh_until + _MAX_STALE_SECONDS:
-            raise failure or unavailable("routing", "routing can't be reached and no plan for such a request is at hand; retry later")
+            raise failure or unavailable(
+                "routing", "routing can't be reached and no plan for such a request is at hand; retry later"
+            )
         return plan
 
     async def _ask(self, key: PlanKey, timeout: float, metadata: Metadata) -> Plan:
@@ -220,7 +226,9 @@ def _may_use(key: PlanKey, model: str, policy: str) -> bool:
     return not allowed or model in allowed or key.model in allowed or policy in allowed or f"policy/{policy}" in allowed
 
 
-def _remember(table: OrderedDict[PlanKey, Plan] | OrderedDict[tuple[object, ...], Plan], key: Sequence[object], plan: Plan, limit: int) -> None:
+def _remember(
+    table: OrderedDict[PlanKey, Plan] | OrderedDict[tuple[object, ...], Plan], key: Sequence[object], plan: Plan, limit: int
+) -> None:
     table.pop(key, None)  # type: ignore[call-overload]  # Both tables are keyed by tuples; only the types differ.
     table[key] = plan  # type: ignore[index]  # As above.
     if len(table) > limit:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from sluice.caching.v1 import caching_service_pb2
-from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
 
 from services.gateway.leases import Lease
 from services.gateway.plans import Plan, PlannedCandidate
 from services.gateway.principals import Principal
 from services.gateway.validation import Shape
+from sluice.caching.v1 import caching_service_pb2
+from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
 
 
 class Facts:
@@ -20,7 +20,7 @@ class Facts:
 
     __slots__ = (
         "answer", "attempts", "budget_before", "budget_level", "cache_reason", "cache_status", "candidates", "cost", "degradations",
-        "end_ns", "first_byte_ns", "generation", "hold", "hold_id", "input_count", "kind", "lease", "lookup", "lookup_ns",
+        "end_ns", "first_byte_ns", "generation", "hold", "hold_id", "input_count", "is_hit", "kind", "lease", "lookup", "lookup_ns",
         "max_output", "operation_id", "plan", "price_version", "principal", "receive_ns", "request", "saved", "shape", "start",
         "taken_tokens", "window_rejections",
     )  # fmt: skip
@@ -52,6 +52,8 @@ class Facts:
         self.lookup_ns = 0
         self.cache_status: int = receipt_pb2.CACHE_STATUS_UNSPECIFIED
         self.cache_reason = ""
+        self.is_hit = False
+        """The cache has answered."""
         self.plan: Plan | None = None
         self.candidates: Sequence[PlannedCandidate] = ()
         """Those of the plan that are left after the gateway's own checks."""

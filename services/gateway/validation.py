@@ -11,9 +11,9 @@ from typing import Final
 
 import orjson
 from google.protobuf.duration_pb2 import Duration
-from sluice.inference.v1 import conversation_pb2, inference_service_pb2, receipt_pb2
 
 from services.runtime.errors import Failure, Reason, invalid
+from sluice.inference.v1 import conversation_pb2, inference_service_pb2, receipt_pb2
 
 _MEBIBYTE: Final = 1024 * 1024
 _MAX_MESSAGES: Final = 2048
@@ -132,9 +132,7 @@ def check_conversation(conversation: conversation_pb2.Conversation, max_bytes: i
     if conversation.HasField("sampling"):
         _check_sampling(conversation.sampling)
     if conversation.HasField("max_output_tokens") and not 1 <= conversation.max_output_tokens <= _MAX_OUTPUT_TOKENS:
-        raise invalid(
-            "conversation.max_output_tokens", f"must be 1 to 1,000,000, is {conversation.max_output_tokens}"
-        )
+        raise invalid("conversation.max_output_tokens", f"must be 1 to 1,000,000, is {conversation.max_output_tokens}")
     stops = conversation.stop_sequences
     if stops:
         if len(stops) > 8:
@@ -168,9 +166,7 @@ def check_page(page_size: int, page_token: str) -> None:
 def _check_message(message: conversation_pb2.Message, index: int, shape: Shape) -> None:
     role = message.role
     if not _SYSTEM <= role <= _DEVELOPER:
-        raise invalid(
-            f"conversation.messages[{index}].role", "is required" if role == 0 else f"has the unknown value {role}"
-        )
+        raise invalid(f"conversation.messages[{index}].role", "is required" if role == 0 else f"has the unknown value {role}")
     if message.name:
         _bounded(message.name, 64, f"conversation.messages[{index}].name")
     parts = message.parts
@@ -200,7 +196,9 @@ def _check_message(message: conversation_pb2.Message, index: int, shape: Shape) 
             if kind == "tool_call":
                 _check_tool_call(part.tool_call, f"conversation.messages[{index}].parts[{number}].tool_call")
             elif kind == "reasoning":
-                _bounded(part.reasoning.signature, 64 * 1024, f"conversation.messages[{index}].parts[{number}].reasoning.signature")
+                _bounded(
+                    part.reasoning.signature, 64 * 1024, f"conversation.messages[{index}].parts[{number}].reasoning.signature"
+                )
     if role == _USER and last_text:
         shape.last_user_text = last_text
 
@@ -214,7 +212,9 @@ def _check_image(image: conversation_pb2.Image, path: str, shape: Shape) -> None
         if not 1 <= size <= 8 * _MEBIBYTE:
             raise invalid(f"{path}.data", f"must have 1 byte to 8 MiB, has {size} bytes")
         if image.media_type not in _MEDIA_TYPES:
-            raise invalid(f"{path}.media_type", f"must be image/png, image/jpeg, image/gif or image/webp, is {image.media_type[:64]!r}")
+            raise invalid(
+                f"{path}.media_type", f"must be image/png, image/jpeg, image/gif or image/webp, is {image.media_type[:64]!r}"
+            )
     elif source == "url":
         _bounded(image.url, 2048, f"{path}.url")
         if not image.url.startswith("https://") or len(image.url) == 8:
@@ -310,7 +310,9 @@ def _check_sampling(sampling: conversation_pb2.Sampling) -> None:
             raise invalid(f"{path}.logit_bias", f"may have at most 1,024 tokens, has {len(sampling.logit_bias)}")
         for token, bias in sampling.logit_bias.items():
             if token < 0 or not -100.0 <= bias <= 100.0:
-                raise invalid(f"{path}.logit_bias[{token}]", f"needs a token id of 0 or more and a bias of -100 to 100, is {bias}")
+                raise invalid(
+                    f"{path}.logit_bias[{token}]", f"needs a token id of 0 or more and a bias of -100 to 100, is {bias}"
+                )
     if not 0 <= sampling.top_logprob_count <= 20:
         raise invalid(f"{path}.top_logprob_count", f"must be 0 to 20, is {sampling.top_logprob_count}")
     if sampling.top_logprob_count and not sampling.logprobs:
@@ -332,7 +334,9 @@ def _check_cache(cache: inference_service_pb2.CacheWishes) -> None:
     if not 0 <= cache.mode <= inference_service_pb2.CACHE_MODE_REFRESH:
         raise invalid("cache.mode", f"has the unknown value {cache.mode}")
     if _NAMESPACE.fullmatch(cache.cache_namespace) is None:
-        raise invalid("cache.cache_namespace", f"must have at most 64 characters of [a-z0-9_-], is {cache.cache_namespace[:64]!r}")
+        raise invalid(
+            "cache.cache_namespace", f"must have at most 64 characters of [a-z0-9_-], is {cache.cache_namespace[:64]!r}"
+        )
     if cache.HasField("min_similarity") and not 0.5 <= cache.min_similarity <= 1.0:
         raise invalid("cache.min_similarity", f"must be 0.5 to 1, is {cache.min_similarity}")
     if cache.HasField("ttl"):
@@ -386,4 +390,3 @@ def _too_large(size: int, limit: int) -> Failure:
         f"the request has {size} bytes and may have {limit}; shorten it",
         metadata={"limit_bytes": str(limit)},
     )
-

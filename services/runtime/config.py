@@ -446,8 +446,9 @@ def _describe(cls: type[Any]) -> Iterator[str]:
         elif default is REQUIRED:
             yield f"# {field.name}: (required)"
         else:
-            text = yaml.safe_dump({field.name: _plain(default)}, default_flow_style=None, allow_unicode=True, width=10_000)
-            yield from text.rstrip("\n").split("\n")
+            # In a list of one, so that a bare value isn't followed by YAML's end-of-document mark.
+            text = yaml.safe_dump([_plain(default)], default_flow_style=True, allow_unicode=True, width=10_000, sort_keys=False)
+            yield f"{field.name}: {text.strip()[1:-1]}"
 
 
 def _summary(about: _Setting, hint: Any) -> str:

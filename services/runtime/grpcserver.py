@@ -17,7 +17,7 @@ from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Call, CallerKind
 from services.runtime.dispatch import Method, Table
 from services.runtime.errors import Failure, Reason
 from services.runtime.frames import LINK_SERVICE, link_options
-from services.runtime.inproc import Bounded, bounded_stream
+from services.runtime.inproc import bounded, bounded_stream
 from services.runtime.interceptors import Log
 from services.runtime.linkserver import LinkServer
 from services.runtime.settings import MeshSettings, Profile, Reflection
@@ -120,7 +120,7 @@ class GrpcServer:
                 admission.enter()
                 try:
                     call = _call(path, context)
-                    reply = await Bounded(handler(data, call), call.deadline, path)
+                    reply = await bounded(handler(data, call), call.deadline, path)
                     return bytes(reply.SerializeToString())
                 finally:
                     admission.leave()

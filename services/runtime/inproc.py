@@ -10,73 +10,76 @@ Errors are raised as `Failure`, as the link does; `asyncio.CancelledError` only 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterable
-from typing import Any, cast
+import types
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
+from typing import Any, Final
 
 from google.protobuf.message import Message
 
-from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Call, Caller
+from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, FORWARDED, Call, Caller, Metadata
 from services.runtime.dispatch import Method, Table
 from services.runtime.errors import Failure, Reason, deadline_exceeded
 
 MetadataLike = Iterable[tuple[str, str]]
 
+_EMPTY: Final[Mapping[str, str]] = types.MappingProxyType({})
 
-class Bounded:
-    """Awaits a handler, bounded by a deadline, and sets the timer only if the handler really waits.
 
-    Most handlers of a hot path end in their first step; a timer for each would cost more than they do.
+@types.coroutine
+def bounded(work: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
+    """Awaits `work` (a coroutine, or the step of an async generator) until `deadline`, then Failure DEADLINE_EXCEEDED.
+
+    The timer is set only if the work really waits: most handlers of a hot path end in their first step, and a timer or
+    `asyncio.timeout` for each would cost more than they do.
     """
+    try:
+        pending = work.send(None)
+    except StopIteration as done:
+        return done.value
+    task = asyncio.current_task()
+    assert task is not None, "a call needs a running task"
+    expired = False
 
-    __slots__ = ("_awaitable", "_deadline", "_what")
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        task.cancel()
 
-    def __init__(self, awaitable: Awaitable[Any], deadline: float, what: str) -> None:
-        self._awaitable = awaitable
-        self._deadline = deadline
-        self._what = what
+    timer = asyncio.get_running_loop().call_at(deadline, expire)
+    try:
+        while True:
+            try:
+                sent = yield pending
+            except GeneratorExit:
+                work.close()
+                raise
+            except BaseException as thrown:  # noqa: BLE001  # handed on, whatever it is
+                pending = work.throw(thrown)
+            else:
+                pending = work.send(sent)
+    except StopIteration as done:
+        if expired and task.uncancel() > 0:
+            raise asyncio.CancelledError from None
+        return done.value
+    except asyncio.CancelledError:
+        if expired and task.uncancel() == 0:
+            raise deadline_exceeded(what) from None
+        raise
+    except BaseException:
+        if expired:
+            task.uncancel()
+        raise
+    finally:
+        timer.cancel()
 
-    def __await__(self) -> Generator[Any, Any, Any]:
-        inner = self._awaitable.__await__()
-        try:
-            pending = next(inner)
-        except StopIteration as done:
-            return done.value
-        task = asyncio.current_task()
-        assert task is not None, "an in-process call needs a running task"
-        loop = asyncio.get_running_loop()
-        expired = False
 
-        def expire() -> None:
-            nonlocal expired
-            expired = True
-            task.cancel()
-
-        timer = loop.call_at(self._deadline, expire)
-        try:
-            while True:
-                try:
-                    sent = yield pending
-                except GeneratorExit:
-                    cast(Any, inner).close()
-                    raise
-                except BaseException as thrown:  # noqa: BLE001  # handed on, whatever it is
-                    pending = cast(Any, inner).throw(thrown)
-                else:
-                    pending = inner.send(sent)
-        except StopIteration as done:
-            if expired and task.uncancel() > 0:
-                raise asyncio.CancelledError from None
-            return done.value
-        except asyncio.CancelledError:
-            if expired and task.uncancel() == 0:
-                raise deadline_exceeded(self._what) from None
-            raise
-        except BaseException:
-            if expired:
-                task.uncancel()
-            raise
-        finally:
-            timer.cancel()
+def _forwarded(metadata: MetadataLike) -> Metadata:
+    """What of `metadata` travels on. What arrives is mostly the caller's own `call.forward`, which is taken as it is."""
+    pairs = metadata if type(metadata) is tuple else tuple(metadata)
+    for pair in pairs:
+        if pair[0] not in FORWARDED:
+            return tuple([pair for pair in pairs if pair[0] in FORWARDED])
+    return pairs
 
 
 class InprocChannel:
@@ -105,17 +108,20 @@ class InprocChannel:
         """The multi-callable of a unary method: `await callable(request, timeout=…, metadata=…)`."""
         resolved: Method | None = None
 
-        def call(
+        async def call(
             request: Message, *, timeout: float | None = None, metadata: MetadataLike | None = None, **_: Any
-        ) -> Awaitable[Any]:
+        ) -> Any:
             nonlocal resolved
             if resolved is None:
                 resolved = self._method(method)
             deadline = asyncio.get_running_loop().time() + (DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout)
-            context = Call(method, deadline, dict(metadata) if metadata else {}, self._caller)
+            if metadata:
+                context = Call(method, deadline, dict(metadata), self._caller, _forwarded(metadata))
+            else:
+                context = Call(method, deadline, _EMPTY, self._caller)
             handler = resolved.unary
             assert handler is not None, f"{method} is streaming"
-            return Bounded(handler(request, context), deadline, method)
+            return await bounded(handler(request, context), deadline, method)
 
         return call
 
@@ -133,7 +139,10 @@ class InprocChannel:
             if resolved is None:
                 resolved = self._method(method)
             deadline = asyncio.get_running_loop().time() + (DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout)
-            context = Call(method, deadline, dict(metadata) if metadata else {}, self._caller)
+            if metadata:
+                context = Call(method, deadline, dict(metadata), self._caller, _forwarded(metadata))
+            else:
+                context = Call(method, deadline, _EMPTY, self._caller)
             handler = resolved.stream
             assert handler is not None, f"{method} is unary"
             return bounded_stream(handler(request, context), deadline, method)
@@ -147,7 +156,7 @@ async def bounded_stream(replies: AsyncIterator[Any], deadline: float, what: str
         step = replies.__anext__
         while True:
             try:
-                reply = await Bounded(step(), deadline, what)
+                reply = await bounded(step(), deadline, what)
             except StopAsyncIteration:
                 return
             yield reply

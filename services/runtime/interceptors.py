@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 from google.protobuf.message import DecodeError
 
 from services.runtime.authentication import ACCESS, Access, Authenticator, check
-from services.runtime.call import ANONYMOUS, FORWARDED, Call
+from services.runtime.call import ANONYMOUS, Call
 from services.runtime.dispatch import Method, StreamHandler, UnaryHandler
 from services.runtime.errors import Code, Failure, Reason, deadline_exceeded
 from services.runtime.metrics import Registry
@@ -84,22 +84,6 @@ class RequestId:
                 if value is not None and len(value) <= _MAX_FORWARDED_VALUE:
                     forward.append((key, value))
             call.forward = tuple(forward)
-
-        return run
-
-    def after(self, method: Method) -> After | None:
-        return None
-
-
-class Forward:
-    """For calls inside the process: passes on what the caller passed, without making an id."""
-
-    name: Final = "request_id"
-
-    def before(self, method: Method) -> Before | None:
-        def run(call: Call) -> None:
-            if call.metadata and not call.forward:
-                call.forward = tuple([pair for pair in call.metadata.items() if pair[0] in FORWARDED])
 
         return run
 
@@ -392,8 +376,6 @@ def border_chain(
 
 def inner_chain(*, log: Log, registry: Registry, slow_seconds: float, trace: Stage | None = None) -> tuple[Chain]:
     """Interceptors of calls between services of one process. The caller is known and the request is a message already."""
-    stages: list[Stage] = [Forward()]
-    if trace is not None:
-        stages.append(trace)
+    stages: list[Stage] = [trace] if trace is not None else []
     stages += [Logging(log, slow_seconds=slow_seconds), Metrics(registry), Deadline()]
     return (Chain(stages, ErrorMapping(log)),)

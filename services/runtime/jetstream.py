@@ -55,9 +55,7 @@ async def ensure_stream(client: Client, config: Mapping[str, Any], *, timeout: f
     _check(error, f"stream {name!r}")
 
 
-async def ensure_consumer(
-    client: Client, stream: str, config: Mapping[str, Any], *, timeout: float = TIMEOUT_SECONDS
-) -> None:
+async def ensure_consumer(client: Client, stream: str, config: Mapping[str, Any], *, timeout: float = TIMEOUT_SECONDS) -> None:
     """Makes the durable consumer `config["durable_name"]` of `stream`, or changes it. Raises as `ensure_stream`."""
     name = config["durable_name"]
     request = {"stream_name": stream, "config": dict(config)}

@@ -16,7 +16,7 @@ from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Call, Caller
 from services.runtime.dispatch import Method, Table
 from services.runtime.errors import Failure, Reason
 from services.runtime.frames import FIRST_CREDITS, LINK_SERVICE, MAX_OUTBOX_BYTES, Outbox
-from services.runtime.inproc import Bounded, bounded_stream
+from services.runtime.inproc import bounded, bounded_stream
 from services.runtime.interceptors import Log
 from services.runtime.status import status_from_failure
 
@@ -158,7 +158,7 @@ class _Session:
         handler = method.unary
         assert handler is not None
         try:
-            reply = (await Bounded(handler(data, call), call.deadline, call.method)).SerializeToString()
+            reply = (await bounded(handler(data, call), call.deadline, call.method)).SerializeToString()
         except Failure as failure:
             self._end(call_id, failure)
         # A message boundary: the chain lets out nothing but Failure, so this is an answer that can't be serialised.
@@ -215,6 +215,9 @@ class _Credits:
             self._waiter.set_result(None)
 
     async def wait(self, deadline: float, what: str) -> None:
+        await bounded(self._given(), deadline, what)
+
+    async def _given(self) -> None:
         while not self.left:
             self._waiter = asyncio.get_running_loop().create_future()
-            await Bounded(self._waiter, deadline, what)
+            await self._waiter

@@ -9,8 +9,9 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
+import grpc
 import nats
 from nats.aio.client import Client as NatsClient
 
@@ -105,14 +106,15 @@ class Process:
         self._table = Table(self._methods.values())
         self._served.add(service)
 
-    def channel(self, service: str) -> Any:
+    def channel(self, service: str) -> grpc.aio.Channel:
         """A channel to `service`, for generated stubs; the same object at every call.
 
         In-process when the service lives here or no peer of that name is configured, else links to `settings.peers[service]`.
         """
         endpoints = self.settings.peers.get(service, ())
         if service in self._served or not endpoints:
-            return InprocChannel(lambda: self._table, Caller(CallerKind.SERVICE, self.name))
+            # Typed as what generated stubs expect; of a channel they only use the two methods that ours have.
+            return cast(grpc.aio.Channel, InprocChannel(lambda: self._table, Caller(CallerKind.SERVICE, self.name)))
         channel = self._links.get(service)
         if channel is None:
             channel = self._links[service] = LinkChannel(
@@ -123,7 +125,7 @@ class Process:
                 log=self.log,
             )
             self._own(channel.run(), f"links to {service}")
-        return channel
+        return cast(grpc.aio.Channel, channel)
 
     @property
     def identity(self) -> tuple[tuple[str, str], ...]:

@@ -65,7 +65,7 @@ def _rule(pattern: str, value: Any, problems: list[str]) -> Rule | None:
     if not isinstance(value, Mapping) or len(value) != 1:
         problems.append(f"{where}: must have exactly one of {', '.join(KINDS)}")
         return None
-    (kind, place), = value.items()
+    ((kind, place),) = value.items()
     if kind not in KINDS:
         problems.append(f"{where}: {kind!r} is not one of {', '.join(KINDS)}")
         return None

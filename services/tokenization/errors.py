@@ -1,9 +1,9 @@
 """Errors of the tokenization service.
 
-    Failure
-    └── TokenizationError
-        ├── DoesNotFit          what must stay in the conversation is larger than the window
-        └── TokenizerMissing    a catalogue entry names a tokenizer that isn't on this machine
+Failure
+└── TokenizationError
+    ├── DoesNotFit          what must stay in the conversation is larger than the window
+    └── TokenizerMissing    a catalogue entry names a tokenizer that isn't on this machine
 """
 
 from __future__ import annotations

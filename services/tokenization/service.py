@@ -70,16 +70,12 @@ class TokenizationServicer:
         conversation = conversation_from_proto(request.conversation)
         counter = await self._counter(request.model)
         loop = asyncio.get_running_loop()
-        fitted = await loop.run_in_executor(
-            self._executor, fit, conversation, request.max_input_tokens, counter.count
-        )
+        fitted = await loop.run_in_executor(self._executor, fit, conversation, request.max_input_tokens, counter.count)
         kept = conversation_pb2.Conversation()
         kept.CopyFrom(request.conversation)
         del kept.messages[:]
         kept.messages.extend(request.conversation.messages[index] for index in fitted.kept)
-        return pb2.FitResponse(
-            conversation=kept, count=count_to_proto(fitted.count), dropped_message_count=fitted.dropped
-        )
+        return pb2.FitResponse(conversation=kept, count=count_to_proto(fitted.count), dropped_message_count=fitted.dropped)
 
     async def Calibrate(self, request: pb2.CalibrateRequest, call: Call) -> pb2.CalibrateResponse:
         """See the proto."""

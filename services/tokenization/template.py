@@ -125,7 +125,9 @@ class TemplateCounter:
                 # How a server writes tools into a prompt whose template has no place for them, and what it makes of pictures, is its own.
                 return Count(total + pictures * _PICTURE_TOKENS, Method.ESTIMATED, self.name, _REFUSED_BOUND)
         total = sum(self._tokens(turn.text) + 6 for turn in conversation.turns) + 4 + pictures * _PICTURE_TOKENS
-        total += sum(self._tokens(call.name) + self._tokens(call.arguments) + 6 for t in conversation.turns for call in t.tool_calls)
+        total += sum(
+            self._tokens(call.name) + self._tokens(call.arguments) + 6 for t in conversation.turns for call in t.tool_calls
+        )
         total += sum(self._tokens(tool.parameters) + self._tokens(tool.description) + 12 for tool in conversation.tools)
         return Count(total, Method.ESTIMATED, self.name, _REFUSED_BOUND)
 

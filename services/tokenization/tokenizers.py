@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.tokenization.catalogue import Rule, Rules
-from services.tokenization.counting import Count, Counter, Method
 from services.tokenization.conversation import Conversation
+from services.tokenization.counting import Count, Counter, Method
 from services.tokenization.errors import TokenizerMissing
 from services.tokenization.estimator import EstimatedCounter, Estimator
 

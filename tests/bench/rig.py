@@ -137,7 +137,7 @@ def stop(process: subprocess.Popen[Any], seconds: float = 15.0) -> None:
 
 def served(port: int) -> int:
     """Requests that the upstream has answered."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/__stats", timeout=5) as response:  # noqa: S310 - loopback
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/__stats", timeout=5) as response:
         count: int = json.load(response)["served"]
         return count
 
@@ -188,9 +188,7 @@ def run(port: int, load: Load, product_pid: int, upstream_pid: int | None = None
     command += ["-s"] * load.stream + ["-f"] * load.fixed
     if load.expect is not None:
         command += ["-x", load.expect]
-    process = subprocess.Popen(
-        pin_command(RIG_CORE, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(pin_command(RIG_CORE, command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         time.sleep(load.warm_seconds)
         began = time.monotonic()

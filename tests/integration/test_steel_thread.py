@@ -92,8 +92,8 @@ def test_the_same_request_again_is_an_exact_hit_and_a_paraphrase_a_semantic_one(
 
 
 def test_another_tenant_never_sees_the_entry(mesh: Running, client: Client) -> None:
-    from services.cli.accounts import _ensure_project  # noqa: PLC0415
-    from sluice.metering.v1 import tenancy_service_pb2  # noqa: PLC0415
+    from services.cli.accounts import _ensure_project
+    from sluice.metering.v1 import tenancy_service_pb2
 
     tenant = f"other-{uuid.uuid4().hex[:8]}"
     client.tenancy.CreateTenant(
@@ -145,9 +145,7 @@ def test_a_job_runs_and_its_answer_is_kept(client: Client) -> None:
                 job_service_pb2.WatchJobRequest(job_id=job.id), timeout=TIMEOUT, metadata=client.as_tenant
             )
         ]
-        done = client.jobs.GetJob(
-            job_service_pb2.GetJobRequest(job_id=job.id), timeout=TIMEOUT, metadata=client.as_tenant
-        ).job
+        done = client.jobs.GetJob(job_service_pb2.GetJobRequest(job_id=job.id), timeout=TIMEOUT, metadata=client.as_tenant).job
     assert states[-1] == job_service_pb2.JOB_STATE_SUCCEEDED
     assert done.state == job_service_pb2.JOB_STATE_SUCCEEDED
     assert answer_text(done.response.answer)
@@ -213,9 +211,7 @@ def test_the_ledger_has_every_request_once_and_verifies(client: Client) -> None:
         time.sleep(0.02)
     assert [entry.attempt_id for entry in entries] == [attempt.attempt_id for attempt in response.receipt.attempts]
     with failures():
-        verdict = client.usage.VerifyLedger(
-            usage_service_pb2.VerifyLedgerRequest(), timeout=TIMEOUT, metadata=client.as_admin
-        )
+        verdict = client.usage.VerifyLedger(usage_service_pb2.VerifyLedgerRequest(), timeout=TIMEOUT, metadata=client.as_admin)
     assert verdict.ok, verdict.problems
     assert verdict.debit_nano_usd == verdict.credit_nano_usd
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from sluice.metering.v1 import metering_service_pb2
-
 from services.gateway.ports import Authentication, Grant, HoldGrant, LeaseWish, LimitState
 from services.gateway.principals import Principal
 from services.gateway.receipts import timestamp
+from sluice.metering.v1 import metering_service_pb2
 
 if TYPE_CHECKING:
     from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceAsyncStub

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-import time
+import socket
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from email.utils import formatdate
@@ -107,7 +107,7 @@ class Exchange:
         length = len(body)
         if self.method == b"HEAD":
             body = b""
-        start = b"%b%bcontent-length: %d\r\n%b" % (head, connection.listener.date(), length, self._persistence())
+        start = b"%b%bcontent-length: %d\r\n%b" % (head, connection.listener.date_line, length, self._persistence())
         if length <= _WHOLE_WRITE:
             connection.write(start + body)
         else:
@@ -125,7 +125,7 @@ class Exchange:
         else:
             self._chunked = True
             head += b"transfer-encoding: chunked\r\n"
-        self._connection.write(head + self._connection.listener.date() + self._persistence())
+        self._connection.write(head + self._connection.listener.date_line + self._persistence())
 
     def send(self, data: bytes) -> bool:
         """Writes a piece, not empty. False: the client reads too slowly, await `writable` before the next."""
@@ -159,7 +159,7 @@ class Connection(asyncio.Protocol):
     """One socket of a client."""
 
     __slots__ = (
-        "_advancing", "_body", "_config", "_continue", "_current", "_deadline", "_fresh", "_head_bytes", "_header_bytes", "_headers",
+        "_admitted", "_advancing", "_body", "_config", "_continue", "_current", "_deadline", "_fresh", "_head_bytes", "_header_bytes", "_headers",
         "_is_old", "_keep_alive", "_loop", "_parser", "_queue", "_reading", "_refusal", "_size", "_stage", "_stalled_since",
         "_target", "_timed", "_transport", "_waiter", "_write", "is_stalled", "listener",
     )  # fmt: skip
@@ -171,6 +171,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._queue: deque[Exchange] = deque()
         self._current: Exchange | None = None
+        self._admitted = True
         self._advancing = False
         self._reading = True
         self._stage = _IDLE
@@ -200,10 +201,9 @@ class Connection(asyncio.Protocol):
         transport.set_write_buffer_limits(high=self._config.write_buffer_bytes)
         # Until its first request a connection has only as long as headers may take: silence costs the client nothing.
         self._deadline = self._loop.time() + self._config.header_timeout
-        if not self.listener.admit(self):
-            self._refuse(
-                EdgeError(Reason.OVERLOADED, "too many connections are open; try again soon", retry_delay=1.0), b"", keep_stage=True
-            )
+        self._admitted = self.listener.admit(self)
+        if not self._admitted:
+            self._refuse(EdgeError(Reason.OVERLOADED, "too many connections are open; try again soon", retry_delay=1.0))
 
     def data_received(self, data: bytes) -> None:
         if self._stage is _LINGER:
@@ -215,21 +215,24 @@ class Connection(asyncio.Protocol):
             # The request itself was complete and is answered as HTTP/1.1; what follows is another protocol, which we don't speak.
             self._leave()
         except httptools.HttpParserError as error:
-            if self._keep_alive or self._stage is not _IDLE:
-                self._refuse(EdgeError(Reason.REQUEST_INVALID, f"this is not HTTP/1.1 as RFC 9112 has it: {error}"), self._target)
-            else:
+            if self._refusal is None and self._stage is _IDLE and not self._keep_alive:
                 # Bytes after a request that said `Connection: close`: the request is answered, the bytes are nobody's.
                 self._leave()
-        if self._queue and self._current is None:
-            self._advance()
+            elif self._refusal is None:
+                self._refusal = EdgeError(Reason.REQUEST_INVALID, f"this is not HTTP/1.1 as RFC 9112 has it: {error}")
         stage = self._stage
-        if stage is _IDLE or stage is _LINGER:
-            return
-        if stage is _HEAD and not self._fresh:
+        if stage is _HEAD and not self._fresh and self._refusal is None:
+            # llhttp hands a header over when it is complete; one that never ends is counted here.
             self._head_bytes += len(data)
             if self._head_bytes > self._config.max_header_bytes:
-                self._refuse_head()
-                return
+                self._refusal = _too_large("the head of the request", self._config.max_header_bytes)
+        if self._refusal is not None:
+            self._refuse(self._refusal)
+            return
+        if self._queue and self._current is None:
+            self._advance()
+        if stage is _IDLE or stage is _LINGER:
+            return
         if self._timed is not stage:
             self._timed = stage
             limit = self._config.header_timeout if stage is _HEAD else self._config.body_timeout
@@ -242,16 +245,15 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.listener.forget(self)
-        self._release(len(self._body))
-        self._body = b""
+        self._drop_body()
         current, self._current = self._current, None
         for exchange in self._queue:
             exchange.closed = True
-            self._release(len(exchange.body))
+            self.listener.release(len(exchange.body))
         self._queue.clear()
         self._stage = _LINGER
         if current is not None:
-            self._release(len(current.body))
+            self.listener.release(len(current.body))
             current.closed = True
             if current.task is not None:
                 current.task.cancel()
@@ -280,8 +282,6 @@ class Connection(asyncio.Protocol):
         self._header_bytes = 0
         self._headers = {}
         self._target = b""
-        self._body = b""
-        self._size = 0
         self._keep_alive = True
 
     def on_url(self, url: bytes) -> None:
@@ -311,7 +311,7 @@ class Connection(asyncio.Protocol):
         else:
             headers[name] = value
         if self._header_bytes > self._config.max_header_bytes or len(headers) > self._config.max_header_count:
-            self._refuse_head()
+            self._refusal = _too_large("the head of the request", self._config.max_header_bytes)
 
     def on_headers_complete(self) -> None:
         self._stage = _BODY
@@ -354,11 +354,11 @@ class Connection(asyncio.Protocol):
             return
         if self._size == 0:
             self._body = data
-        else:
-            # A list of pieces would let a sender of one-byte chunks fill the memory with object headers.
-            if self._size == len(self._body) and type(self._body) is bytes:
-                self._body = bytearray(self._body)
+        elif type(self._body) is bytearray:
             self._body += data
+        else:
+            # One buffer: a list of pieces would let a sender of one-byte chunks fill the memory with object headers.
+            self._body = bytearray(self._body) + data
         self._size = size
 
     def on_message_complete(self) -> None:
@@ -369,6 +369,7 @@ class Connection(asyncio.Protocol):
         self._stage = _IDLE
         self._timed = None
         body, self._body = self._body, b""
+        self._size = 0  # the exchange holds what was reserved
         self._queue.append(
             Exchange(self, self._parser.get_method(), self._target, self._headers, body, keep_alive, self._is_old)
         )
@@ -390,21 +391,22 @@ class Connection(asyncio.Protocol):
         if self._current is not exchange:
             return
         self._current = None
-        self._release(len(exchange.body))
+        self.listener.release(len(exchange.body))
         exchange.body = b""
-        if not exchange.keep_alive:
-            self._end(exchange.refusal is not None)
+        if not exchange.keep_alive or self.listener.draining:
+            self._end(exchange)
             return
         if self._queue:
             self._advance()
-        elif not self._reading:
+            return
+        if not self._reading:
             self._resume()
+        now = self._loop.time()
         if self._stage is _IDLE:
-            self._deadline = self._loop.time() + self._config.idle_timeout
+            self._deadline = now + self._config.idle_timeout
         else:
-            # The next request could not be finished while it waited behind this one: its time begins now.
-            self._timed = None
-            self._deadline = self._loop.time() + self._config.header_timeout
+            # The next request was held up behind this one: its time begins now.
+            self._deadline = now + (self._config.header_timeout if self._stage is _HEAD else self._config.body_timeout)
             if self._continue:
                 self._invite()
 
@@ -424,12 +426,14 @@ class Connection(asyncio.Protocol):
         if now < self._deadline:
             return
         stage = self._stage
-        if stage is _IDLE or stage is _LINGER:
-            self._transport.abort() if stage is _LINGER else self._transport.close()
+        if stage is _IDLE:
+            self._transport.close()
+        elif stage is _LINGER:
+            self._transport.abort()
         elif stage is _HEAD:
-            self._refuse(_too_slow("headers", self._config.header_timeout), self._target)
+            self._refuse(_too_slow("the head of the request", self._config.header_timeout))
         elif now >= self._deadline + self._size / self._config.body_minimum_rate:
-            self._refuse(_too_slow("the body", self._config.body_timeout), self._target)
+            self._refuse(_too_slow("the body", self._config.body_timeout))
 
     def retire(self) -> None:
         """Closes the connection if nothing is going on; else the next answer says that it is the last."""
@@ -478,21 +482,154 @@ class Connection(asyncio.Protocol):
             self._continue = False
             self._write(CONTINUE)
 
-    def _refuse_head(self) -> None:
-        self._refusal = _too_large("the head of the request", self._config.max_header_bytes)
-
-    def _refuse(self, failure: Failure, target: bytes, *, keep_stage: bool = False) -> None:
+    def _refuse(self, failure: Failure) -> None:
         """Answers with `failure` after the requests that came before, then closes. Nothing more is parsed."""
+        self._refusal = failure
+        self._drop_body()
+        self._stage = _LINGER
+        exchange = Exchange(self, b"GET", self._target, self._headers, b"", False, self._is_old)
+        exchange.refusal = failure
+        self._queue.append(exchange)
+        if self._current is None:
+            self._advance()
 
     def _leave(self) -> None:
-        """Parses nothing more; what is queued is still answered, the last with `Connection: close`."""
+        """Parses nothing more; the last request that came whole is the last one answered."""
+        self._drop_body()
+        self._stage = _LINGER
+        last = self._queue[-1] if self._queue else self._current
+        if last is None:
+            self._transport.close()
+        else:
+            last.keep_alive = False
 
-    def _end(self, linger: bool) -> None:
-        """Closes after the last answer."""
+    def _end(self, last: Exchange) -> None:
+        """Closes after the last answer.
 
-    def _release(self, size: int) -> None:
-        if size:
-            self.listener.release(size)
+        A client that is still sending when it is refused would get a reset, which throws away the refusal before it is read. So our
+        side is closed first, and what still comes is thrown away for a moment.
+        """
+        if last.refusal is None or not self._admitted or self._config.linger_timeout == 0:
+            self._transport.close()
+            return
+        if not self._reading:
+            self._resume()
+        self._deadline = self._loop.time() + self._config.linger_timeout
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def _drop_body(self) -> None:
+        self.listener.release(self._size)
+        self._size = 0
+        self._body = b""
+
+
+class Listener:
+    """A listening socket and its connections."""
+
+    def __init__(self, config: EdgeConfig, application: Application) -> None:
+        self.config = config
+        self.application = application
+        self.draining = False
+        self.date_line = b""
+        """`date: …` with its end of line, at most one sweep old."""
+        self.port = 0
+        self._connections: set[Connection] = set()
+        self._buffered = 0
+        self._server: asyncio.Server | None = None
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def connection_count(self) -> int:
+        """Open connections."""
+        return len(self._connections)
+
+    def admit(self, connection: Connection) -> bool:
+        """Counts a new connection; False: there are too many."""
+        if len(self._connections) >= self.config.max_connections:
+            return False
+        self._connections.add(connection)
+        self._empty.clear()
+        return True
+
+    def forget(self, connection: Connection) -> None:
+        """A connection is gone."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+
+    def reserve(self, size: int) -> bool:
+        """Counts `size` bytes of a body; False: too many are held already."""
+        buffered = self._buffered + size
+        if buffered > self.config.max_buffered_bytes:
+            return False
+        self._buffered = buffered
+        return True
+
+    def release(self, size: int) -> None:
+        """Gives back what was reserved."""
+        self._buffered -= size
+
+    async def drain(self) -> None:
+        """Accepts nothing more, lets requests in flight end, and cuts off those that haven't after `drain_timeout`.
+
+        Each answer from now on says `Connection: close`. Returns when every connection is gone.
+        """
+        self.draining = True
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self._connections):
+            connection.retire()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), self.config.drain_timeout)
+        self._abort()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), 1.0)
+
+    @contextlib.asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        """Listens while the context is open. OSError when the address is taken."""
+        loop = asyncio.get_running_loop()
+        self._sweep(loop.time())
+        server = await loop.create_server(
+            lambda: Connection(self, loop),
+            self.config.host,
+            self.config.port,
+            backlog=self.config.backlog,
+            family=socket.AF_INET6 if ":" in self.config.host else socket.AF_INET,
+        )
+        self._server = server
+        self.port = server.sockets[0].getsockname()[1]
+        sweeper = loop.create_task(self._sweep_for_ever())
+        try:
+            yield
+        finally:
+            server.close()
+            self._abort()
+            sweeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeper
+
+    async def _sweep_for_ever(self) -> None:
+        config = self.config
+        shortest = min(
+            config.header_timeout, config.body_timeout, config.idle_timeout, config.write_timeout, config.linger_timeout or 1.0
+        )
+        interval = min(0.25, max(0.01, shortest / 8))
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(interval)
+            self._sweep(loop.time())
+
+    def _sweep(self, now: float) -> None:
+        self.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode("ascii")
+        for connection in list(self._connections):
+            connection.sweep(now)
+
+    def _abort(self) -> None:
+        for connection in list(self._connections):
+            connection.abort()
 
 
 def _too_large(what: str, limit: int) -> EdgeError:

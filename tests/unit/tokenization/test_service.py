@@ -66,9 +66,7 @@ async def test_fit_returns_a_conversation_that_fits(servicer: TokenizationServic
     conversation = hello(50)
     conversation.messages.add(role=conversation_pb2.ROLE_ASSISTANT).parts.add(text="yes " * 50)
     conversation.messages.add(role=conversation_pb2.ROLE_USER).parts.add(text="and now?")
-    response = await servicer.Fit(
-        pb2.FitRequest(model="openai/gpt-4o", conversation=conversation, max_input_tokens=40), CALL
-    )
+    response = await servicer.Fit(pb2.FitRequest(model="openai/gpt-4o", conversation=conversation, max_input_tokens=40), CALL)
     assert [message.parts[0].text for message in response.conversation.messages] == ["and now?"]
     assert response.dropped_message_count == 2
     assert len(conversation.messages) == 3, "the caller's message is not changed"

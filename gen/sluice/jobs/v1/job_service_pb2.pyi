@@ -478,6 +478,11 @@ class JobMessage(_message.Message):
     SUBMIT_FIELD_NUMBER: _builtins.int
     KEY_ID_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    SUBMIT_SHA256_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ALLOWED_MODELS_FIELD_NUMBER: _builtins.int
+    CACHE_NAMESPACE_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job."""
     tenant_id: _builtins.str
@@ -486,6 +491,14 @@ class JobMessage(_message.Message):
     """Attempt that this message asks for, from 1."""
     key_id: _builtins.str
     """Key that pays."""
+    project_id: _builtins.str
+    """Its project."""
+    submit_sha256: _builtins.bytes
+    """As in JobRecord."""
+    generation: _builtins.int
+    """Times that the job was redriven: keeps the broker from taking a redriven message for a repetition."""
+    cache_namespace: _builtins.str
+    """As in JobRecord."""
     @_builtins.property
     def submit(self) -> Global___SubmitJobRequest:
         """Request as submitted, so that a lost table can be rebuilt."""
@@ -493,6 +506,10 @@ class JobMessage(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was accepted."""
+
+    @_builtins.property
+    def allowed_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in JobRecord."""
 
     def __init__(
         self,
@@ -503,14 +520,71 @@ class JobMessage(_message.Message):
         submit: Global___SubmitJobRequest | None = ...,
         key_id: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        project_id: _builtins.str = ...,
+        submit_sha256: _builtins.bytes = ...,
+        generation: _builtins.int = ...,
+        allowed_models: _abc.Iterable[_builtins.str] | None = ...,
+        cache_namespace: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_number", b"attempt_number", "create_time", b"create_time", "job_id", b"job_id", "key_id", b"key_id", "submit", b"submit", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "attempt_number", b"attempt_number", "cache_namespace", b"cache_namespace", "create_time", b"create_time", "generation", b"generation", "job_id", b"job_id", "key_id", b"key_id", "project_id", b"project_id", "submit", b"submit", "submit_sha256", b"submit_sha256", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobMessage: _TypeAlias = JobMessage  # noqa: Y015
+
+@_typing.final
+class JobRecord(_message.Message):
+    """JobRecord is a row of the job table, a key-value bucket whose keys are `<tenant>.<job id>`. Changed only by compare-and-set on
+    the bucket's revision.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    SUBMIT_SHA256_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ALLOWED_MODELS_FIELD_NUMBER: _builtins.int
+    CACHE_NAMESPACE_FIELD_NUMBER: _builtins.int
+    tenant_id: _builtins.str
+    """Its tenant."""
+    project_id: _builtins.str
+    """Its project."""
+    submit_sha256: _builtins.bytes
+    """SHA-256 of what was submitted: another body under the same `request_id` is refused."""
+    generation: _builtins.int
+    """Times that the job was redriven."""
+    cache_namespace: _builtins.str
+    """Cache namespace of the key when the request names none."""
+    @_builtins.property
+    def job(self) -> Global___Job:
+        """The job."""
+
+    @_builtins.property
+    def allowed_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models that the key could use when the job was accepted; empty: all."""
+
+    def __init__(
+        self,
+        *,
+        job: Global___Job | None = ...,
+        tenant_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        submit_sha256: _builtins.bytes = ...,
+        generation: _builtins.int = ...,
+        allowed_models: _abc.Iterable[_builtins.str] | None = ...,
+        cache_namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "cache_namespace", b"cache_namespace", "generation", b"generation", "job", b"job", "project_id", b"project_id", "submit_sha256", b"submit_sha256", "tenant_id", b"tenant_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobRecord: _TypeAlias = JobRecord  # noqa: Y015
 
 @_typing.final
 class DeadLetter(_message.Message):

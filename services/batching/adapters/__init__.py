@@ -1,0 +1,1 @@
+"""Job table and queues on NATS JetStream."""

@@ -1,0 +1,144 @@
+"""Wires the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+from services.gateway.adapters.invalidations import KeyInvalidations
+from services.gateway.adapters.metering import MeteringClient
+from services.gateway.cache import CacheClient, CacheWriter, HitBook
+from services.gateway.config import Config
+from services.gateway.core import Core, CoreLimits, Peers, Surroundings
+from services.gateway.edge.server import serve
+from services.gateway.identities import Identities
+from services.gateway.journal import Journal
+from services.gateway.leases import Leases, SliceSizes
+from services.gateway.operations import ReplayLimits, Requests
+from services.gateway.outcomes import Outcomes
+from services.gateway.plans import Plans
+from services.gateway.service import InferenceService
+from services.gateway.voids import Voids
+from services.runtime.dispatch import Binding
+from services.runtime.errors import Failure
+from services.runtime.metrics import Registry
+from services.runtime.process import Process, Service
+from sluice.caching.v1.caching_service_pb2_grpc import CachingServiceStub
+from sluice.execution.v1.execution_service_pb2_grpc import ExecutionServiceStub
+from sluice.inference.v1 import inference_service_pb2
+from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceStub
+from sluice.routing.v1 import routing_service_pb2
+from sluice.routing.v1.routing_service_pb2_grpc import RoutingServiceStub
+from sluice.tokenization.v1.tokenization_service_pb2_grpc import TokenizationServiceStub
+
+NAME = "gateway"
+
+
+@contextlib.asynccontextmanager
+async def open_service(config: Config, process: Process) -> AsyncIterator[Service]:
+    """The gateway, with its HTTP edge listening. Serves while its workers run."""
+    clock = asyncio.get_running_loop().time
+    budgets = config.budgets
+    metering_stub = MeteringServiceStub(process.channel("metering"))
+    caching_stub = CachingServiceStub(process.channel("caching"))
+    routing_stub = RoutingServiceStub(process.channel("routing"))
+    peers = Peers(
+        routing=routing_stub,
+        execution=ExecutionServiceStub(process.channel("execution")),
+        tokenization=TokenizationServiceStub(process.channel("tokenization")),
+    )
+    metering = MeteringClient(metering_stub, process.replica_id)
+    sizes = SliceSizes(config.lease.request_count, config.lease.token_count, config.lease.concurrency, config.lease.nano_usd)
+    leases = Leases(metering, clock, sizes, call_seconds=budgets.lease, max_count=config.lease.max_count)
+    around = Surroundings(
+        metering=metering,
+        identities=Identities(
+            metering,
+            leases,
+            clock,
+            time.time,
+            recheck_seconds=config.recheck_seconds,
+            call_seconds=budgets.authenticate,
+            max_count=config.max_identities,
+        ),
+        leases=leases,
+        plans=Plans(routing_stub.Plan, clock, call_seconds=budgets.plan, max_count=config.max_plans),
+        cache=CacheClient(caching_stub, clock, lookup_seconds=budgets.lookup),
+        writer=CacheWriter(
+            caching_stub, max_count=config.store_count, max_bytes=config.store_bytes, call_seconds=budgets.background
+        ),
+        hits=HitBook(metering_stub, max_count=config.hit_count, batch_seconds=0.02, call_seconds=budgets.background),
+        voids=Voids(metering, max_count=10_000, call_seconds=budgets.background),
+        requests=Requests(ReplayLimits(config.replay_count, config.replay_bytes, config.replay_seconds), clock),
+        outcomes=Outcomes(config.outcome_count),
+        journal=Journal(process.metrics, process.request_log().write if config.log_requests else None),
+    )
+    limits = CoreLimits(
+        max_request_bytes=config.max_request_bytes,
+        default_max_output_tokens=config.default_max_output_tokens,
+        min_output_tokens=config.min_output_tokens,
+        authenticate=budgets.authenticate,
+        lease=budgets.lease,
+        plan=budgets.plan,
+        count=budgets.count,
+    )
+    core = Core(peers, around, limits, clock)
+    _expose(process.metrics, around)
+    invalidations = KeyInvalidations(process.nats, around.identities)
+
+    async def ping_routing() -> None:
+        await routing_stub.ListModels(routing_service_pb2.ListModelsRequest(page_size=1), timeout=budgets.plan)
+
+    async with contextlib.AsyncExitStack() as stack:
+        edge = await stack.enter_async_context(serve(core, config.edge, process))
+
+        async def drain() -> None:
+            await edge.drain()
+            core.close_admission()
+            await core.wait_idle(budgets.drain)
+            with contextlib.suppress(Failure, TimeoutError):
+                async with asyncio.timeout(budgets.background):
+                    await around.writer.flush()
+                    await around.voids.flush()
+                    await around.hits.flush()
+            await leases.give_back_all(budgets.background)
+
+        yield Service(
+            name=NAME,
+            bindings=(Binding(InferenceService(core), inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"]),),
+            pings={"routing": ping_routing},
+            workers=(
+                leases.refill_forever,
+                around.identities.recheck_forever,
+                around.writer.write_forever,
+                around.hits.post_forever,
+                around.voids.void_forever,
+                invalidations.listen_forever,
+            ),
+            drain=drain,
+            addresses={"http": edge.url},
+        )
+
+
+def _expose(registry: Registry, around: Surroundings) -> None:
+    """Counts that live in the parts themselves."""
+    writer, hits, voids, outcomes, leases = around.writer, around.hits, around.voids, around.outcomes, around.leases
+    registry.gauge("gateway_dropped_stores", "Answers not stored in the cache since too many waited.").set_function(
+        lambda: writer.dropped_count
+    )
+    registry.gauge("gateway_failed_stores", "Answers that the cache didn't take.").set_function(lambda: writer.failed_count)
+    registry.gauge("gateway_dropped_hits", "Cache hits not booked since too many waited.").set_function(
+        lambda: hits.dropped_count
+    )
+    registry.gauge("gateway_unvoided_holds", "Holds left to expire by themselves.").set_function(lambda: voids.dropped_count)
+    registry.gauge("gateway_lease_failures", "Leases that couldn't be renewed or returned.").set_function(
+        lambda: leases.renewal_failure_count
+    )
+    registry.gauge("gateway_outcomes_served", "Answers that served, as callers reported.").set_function(
+        lambda: outcomes.served_count
+    )
+    registry.gauge("gateway_outcomes_failed", "Answers that didn't serve, as callers reported.").set_function(
+        lambda: outcomes.failed_count
+    )
