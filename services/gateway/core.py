@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from services.gateway import validation
 from services.gateway.breakers import Breaker
 from services.gateway.cache import CacheClient, CacheWriter, HitBook, may_store
-from services.gateway.features import code_signals, look, reasoning_signals
-from services.gateway.holds import covered_output, worst_cost
+from services.gateway.features import signals
+from services.gateway.holds import Prompt, clamp, reckon, worst_cost
 from services.gateway.identities import Identities
 from services.gateway.journal import Journal
 from services.gateway.leases import Leases
 from services.gateway.needs import find_needs
 from services.gateway.operations import OperationIds, Requests, Shared, fingerprint
 from services.gateway.outcomes import Outcomes, Report
-from services.gateway.plans import Plan, PlanKey, PlannedCandidate, Plans, round_up
+from services.gateway.plans import Plan, PlanKey, Plans, round_up
 from services.gateway.ports import Metering
 from services.gateway.principals import Principal
 from services.gateway.receipts import Completion, Facts, receipt_to_proto
-from services.gateway.refusals import context_window_exceeded, no_candidate
+from services.gateway.refusals import budget_exhausted, context_window_exceeded, cost_limit, no_candidate
 from services.gateway.validation import Shape
 from services.gateway.voids import Voids
 from services.runtime.call import Metadata
@@ -286,9 +286,7 @@ class Core:
         await self._look_up(facts, version, deadline, forward)
         if facts.candidates:
             await self._count_and_fit(facts, shape, deadline, forward)
-            facts.hold = max(
-                (self._worst(facts, candidate)[0] for candidate in facts.candidates if candidate.tariff is not None), default=0
-            )
+            facts.hold = reckon(facts.candidates, self._prompt(facts)).worst
         return inference_service_pb2.ExplainResponse(receipt=receipt_to_proto(facts))
 
     async def report_outcome(
@@ -439,8 +437,7 @@ class Core:
         task_type: int = request.task_type
         code = reasoning = 0
         if task_type == receipt_pb2.TASK_TYPE_UNSPECIFIED:
-            text = look(shape.last_user_text)
-            code, reasoning = code_signals(text), reasoning_signals(text)
+            code, reasoning = signals(shape.last_user_text)
         model = region = ""
         allow_fallback: bool | None = None
         max_cost = latency = 0
@@ -578,128 +575,80 @@ class Core:
 
     # Money
 
-    def _worst(self, facts: Facts, candidate: PlannedCandidate) -> tuple[int, int, int]:
-        """Worst cost of one attempt there, and the input and output tokens it is made of."""
-        tariff = candidate.tariff
+    def _prompt(self, facts: Facts) -> Prompt:
         shape, count = facts.shape, facts.input_count
-        assert tariff is not None, "asked for known prices only"
         assert shape is not None, "checked before"
         assert count is not None, "counted before"
-        tokens = count.token_count
-        if candidate.provider == facts.candidates[0].provider:
-            # Rounded up: a bound that is missed by a fraction of a token is missed.
-            input_tokens = tokens + -int(-tokens * count.error_bound // 1)
-        else:
-            # Another provider's tokenizer may cut finer; none that works on bytes makes more tokens than there are bytes.
-            input_tokens = max(tokens, shape.text_bytes() + _frame(shape))
-        output_tokens = facts.request.conversation.max_output_tokens
-        if candidate.max_output_tokens and (not output_tokens or candidate.max_output_tokens < output_tokens):
-            output_tokens = candidate.max_output_tokens
-        if not output_tokens:
-            output_tokens = self._limits.default_max_output_tokens
-        if candidate.context_window:
-            output_tokens = max(1, min(output_tokens, candidate.context_window - tokens))
-        return worst_cost(tariff, input_tokens, output_tokens, shape.image_count), input_tokens, output_tokens
+        return Prompt(
+            count.token_count,
+            count.error_bound,
+            shape.text_bytes() + _frame(shape),
+            shape.image_count,
+            facts.request.conversation.max_output_tokens,
+            self._limits.default_max_output_tokens,
+            self._limits.min_output_tokens,
+        )
 
     async def _hold(self, facts: Facts, deadline: float) -> None:
         """Reserves the worst case over the candidates, or as much of it as is left and of use, and clamps the answer to that."""
-        worst = least = 0
-        unbounded = False
-        for candidate in facts.candidates:
-            tariff = candidate.tariff
-            if tariff is None or tariff.is_free():
-                unbounded = unbounded or not (candidate.max_output_tokens or candidate.context_window)
-                continue
-            cost, input_tokens, output_tokens = self._worst(facts, candidate)
-            worst = max(worst, cost)
-            # What the answer would cost at its shortest, at the candidate that is cheapest then.
-            shape = facts.shape
-            assert shape is not None, "checked before"
-            short = worst_cost(tariff, input_tokens, min(output_tokens, self._limits.min_output_tokens), shape.image_count)
-            least = short if not least else min(least, short)
-            if not (candidate.max_output_tokens or candidate.context_window):
-                unbounded = True
-        conversation = facts.request.conversation
-        if unbounded and not conversation.max_output_tokens:
+        request, plan, lease = facts.request, facts.plan, facts.lease
+        assert plan is not None, "planned before"
+        assert lease is not None, "admitted before"
+        if plan.has_unbounded and not request.conversation.max_output_tokens:
             facts.max_output = self._limits.default_max_output_tokens
+        prompt = self._prompt(facts)
+        reckoning = reckon(facts.candidates, prompt)
+        wanted = worst = reckoning.worst
         if worst == 0:
             return
-        wanted = worst
-        routing = facts.request.routing
-        if routing.HasField("max_cost_nano_usd") and routing.max_cost_nano_usd < wanted:
-            wanted = routing.max_cost_nano_usd
-            if wanted < least:
-                raise Failure(
-                    Reason.COST_LIMIT,
-                    f"the request may cost {wanted} nano-USD and its prompt with a short answer costs up to {least}; "
-                    "raise max_cost_nano_usd or shorten the prompt",
-                    metadata={"max_cost_nano_usd": str(wanted)},
-                )
-        lease = facts.lease
-        assert lease is not None, "admitted before"
+        if request.HasField("routing"):
+            routing = request.routing
+            if routing.HasField("max_cost_nano_usd") and routing.max_cost_nano_usd < wanted:
+                wanted = routing.max_cost_nano_usd
+                if wanted < reckoning.least:
+                    raise cost_limit(wanted, reckoning.least)
         facts.budget_before = lease.budget_left()
-        if facts.budget_before is not None and lease.budget is not None:
+        if lease.budget is not None:
             facts.budget_level = lease.budget.level
-        taken = self._leases.take(lease, wanted) or await self._leases.take_waiting(
-            lease, wanted, self._left(deadline, self._limits.lease, "metering")
-        )
-        if taken:
+        if wanted and (
+            self._leases.take(lease, wanted)
+            or await self._leases.take_waiting(lease, wanted, self._left(deadline, self._limits.lease, "metering"))
+        ):
             facts.hold = wanted
             facts.generation = lease.generation
-        else:
-            await self._hold_alone(facts, wanted, min(least, wanted), deadline)
+        elif wanted:
+            await self._hold_alone(facts, wanted, reckoning.least, deadline)
         if facts.hold < worst:
-            self._clamp(facts)
+            covered = clamp(facts.candidates, prompt, facts.hold)
+            if not covered.candidates:
+                held = facts.hold
+                self._release(facts, 0)
+                raise budget_exhausted(facts.budget_level, held, reckoning.least)
+            facts.candidates = covered.candidates
+            if covered.max_output:
+                facts.max_output = covered.max_output
 
     async def _hold_alone(self, facts: Facts, wanted: int, least: int, deadline: float) -> None:
-        """Asks metering for a hold of this operation's own."""
-        left = deadline - self._clock()
-        grant = await self._around.metering.hold(
-            facts.operation_id,
-            facts.principal.key_id,
-            wanted,
-            least,
-            time.time() + max(0.0, left) + 60.0,
-            timeout=self._left(deadline, self._limits.lease, "metering"),
-        )
+        """Asks metering for a hold of this operation's own. With nothing as the least, an empty budget leaves what is free."""
+        left = self._left(deadline, 1e9, "metering")
+        try:
+            grant = await self._around.metering.hold(
+                facts.operation_id,
+                facts.principal.key_id,
+                wanted,
+                least if least < wanted else 0,
+                time.time() + left + 60.0,
+                timeout=min(left, self._limits.lease),
+            )
+        except Failure as failure:
+            if failure.reason is Reason.BUDGET_EXHAUSTED and least == 0:
+                return
+            raise
         facts.hold = grant.amount_nano_usd
         facts.hold_id = grant.hold_id
         if grant.budget_before_nano_usd is not None:
             facts.budget_before = grant.budget_before_nano_usd
             facts.budget_level = grant.budget_level
-
-    def _clamp(self, facts: Facts) -> None:
-        """Drops candidates that the hold doesn't pay for, and cuts the answer to what it pays for at all the others."""
-        shape = facts.shape
-        assert shape is not None, "checked before"
-        left = []
-        longest = 0
-        for candidate in facts.candidates:
-            tariff = candidate.tariff
-            if tariff is None or tariff.is_free():
-                left.append(candidate)
-                continue
-            _, input_tokens, output_tokens = self._worst(facts, candidate)
-            covered = covered_output(tariff, input_tokens, shape.image_count, facts.hold, output_tokens)
-            if covered < min(output_tokens, self._limits.min_output_tokens):
-                continue
-            left.append(candidate)
-            if covered < output_tokens:
-                longest = min(longest, covered) if longest else covered
-        if not left:
-            self._release(facts, 0)
-            raise Failure(
-                Reason.BUDGET_EXHAUSTED,
-                f"{facts.hold} nano-USD are left of the budget, which doesn't cover the prompt and a short answer",
-                metadata={
-                    "level": facts.budget_level or "key",
-                    "remaining_nano_usd": str(facts.hold),
-                    "needed_nano_usd": str(min(self._worst(facts, c)[0] for c in facts.candidates if c.tariff is not None)),
-                },
-            )
-        facts.candidates = left
-        if longest:
-            facts.max_output = longest
 
     def _release(self, facts: Facts, cost: int | None) -> None:
         """The hold ends: `cost` of it was spent, None: nobody here knows."""

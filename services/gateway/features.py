@@ -1,7 +1,8 @@
 """Coarse facts about a prompt for routing's classifier.
 
-Only the end of the last user turn is looked at, so that the work is bounded however long the prompt is. The counts are 0 to 3: each
-kind of sign counts once. Routing decides what they mean.
+Only the begin and the end of the last user turn are looked at, so that the work is bounded however long the prompt is. The counts are
+0 to 3: each kind of sign counts once. Routing decides what they mean. Words are looked up in sets, and a pattern is tried only where a
+character that it needs is there: this runs for every request that isn't answered from the cache.
 """
 
 from __future__ import annotations
@@ -12,62 +13,57 @@ from typing import Final
 _WINDOW: Final = 4096
 """Characters of the text that are looked at: half from its begin, half from its end."""
 
-_KEYWORDS: Final = (
-    "def ", "return ", "function ", "const ", "import ", "#include", "public ", "select ", "async ", "struct ", "lambda", "void ",
+
+def _written(*words: str) -> frozenset[str]:
+    """Words as they may stand between two spaces."""
+    return frozenset(word + end for word in words for end in ("", ".", ",", ":", ";", "?", "!", ")", "s"))
+
+
+_KEYWORDS: Final = frozenset(
+    (
+        "def", "return", "function", "const", "import", "#include", "public", "async", "struct", "lambda", "void", "elif", "null",
+        "==", "=>", "->", "!=", "{", "}", "};", "{}", "//", "var", "let", "select", "from",
+    )
 )  # fmt: skip
-_CODE_WORDS: Final = ("code", "python", "javascript", "typescript", "golang", "rust ", "java ", "sql", "regex", "compile", "refactor",
-    "unit test", "stack trace", "script", "bug")  # fmt: skip
+_CODE_WORDS: Final = _written(
+    "code", "python", "javascript", "typescript", "golang", "rust", "java", "sql", "regex", "compile", "compiler", "refactor", "script",
+    "bug", "function", "unittest", "api", "algorithm",
+)  # fmt: skip
 _FILE_NAMES: Final = re.compile(r"\w\.(?:py|js|ts|tsx|go|rs|java|c|cc|cpp|h|rb|php|sql|sh|ya?ml|toml|json|html|css)\b")
-_TRACES: Final = (
-    "traceback (most recent call last)",
-    "exception in thread",
-    "panic: ",
-    "segmentation fault",
-    "error: ",
-    "    at ",
-)
-_THOUGHT: Final = ("step by step", "prove", "proof", "derive", "reason", "think ", "plan ", "explain why", "theorem", "solve", "puzzle",
-    "how many", "calculate", "compare", "trade-off", "deduce")  # fmt: skip
-_FORMULA: Final = re.compile(r"\d\s*[-+*/^=<>]\s*\d|[a-z]\s*=\s*[-\da-z]|[∑∫√≤≥≠∀∃]|\\frac|\$\$")
-_CONDITIONS: Final = re.compile(r"(?:^|\n)\s*\(?[1-9][.)]\s.*\n\s*\(?[1-9][.)]\s")
+_TRACES: Final = ("traceback (most recent call last)", "exception in thread", "segmentation fault", "\n    at ")
+_THOUGHT: Final = _written(
+    "prove", "proof", "derive", "theorem", "solve", "puzzle", "calculate", "compare", "deduce", "reasoning", "lemma", "infer",
+    "trade-off", "step-by-step", "probability", "optimal",
+)  # fmt: skip
+_THOUGHT_PHRASES: Final = ("step by step", "how many", "explain why", "think about", "make a plan", "pros and cons")
+_FORMULA: Final = re.compile(r"\d ?[-+*/^=<>] ?\d|[a-z] ?= ?[-\da-z]|[∑∫√≤≥≠∀∃]|\\frac|\$\$")
+_FORMULA_SIGNS: Final = ("=", "+", "*", "^", "<", "\\frac", "$$")
+_CONDITIONS: Final = re.compile(r"(?:^|\n)[ \t]{0,8}\(?[1-9][.)][ \t].*\n[ \t]{0,8}\(?[1-9][.)][ \t]")
 
 
-def look(text: str) -> str:
-    """The part of a text that is judged, in lower case."""
+def signals(text: str) -> tuple[int, int]:
+    """Signs of code and of multi-step thought, each 0 to 3.
+
+    Code: fenced blocks or stack traces; keywords or words of the trade; file names. Thought: its words; formulas; numbered conditions.
+    """
     if len(text) > _WINDOW:
         half = _WINDOW // 2
         text = text[:half] + "\n" + text[-half:]
-    return text.lower()
-
-
-def code_signals(text: str) -> int:
-    """Signs of code in a text that `look` returned: fenced blocks or traces, keywords or words of the trade, file names."""
-    signals = 0
-    if "```" in text or any(trace in text for trace in _TRACES):
-        signals += 1
-    words = 0
-    for word in _KEYWORDS:
-        if word in text:
-            words += 1
-    for word in _CODE_WORDS:
-        if word in text:
-            words += 2
-    if words >= 2:
-        signals += 1
+    text = text.lower()
+    words = set(text.split())
+    code = 0
+    lines = "\n" in text
+    if "```" in text or (lines and any(trace in text for trace in _TRACES)):
+        code = 1
+    if not words.isdisjoint(_CODE_WORDS) or len(words & _KEYWORDS) >= 3:
+        code += 1
     if "." in text and _FILE_NAMES.search(text) is not None:
-        signals += 1
-    return signals
-
-
-def reasoning_signals(text: str) -> int:
-    """Signs of multi-step thought in a text that `look` returned: its words, formulas, numbered conditions."""
-    signals = 0
-    for word in _THOUGHT:
-        if word in text:
-            signals = 1
-            break
-    if _FORMULA.search(text) is not None:
-        signals += 1
-    if "\n" in text and _CONDITIONS.search(text) is not None:
-        signals += 1
-    return signals
+        code += 1
+    thought = 0
+    if not words.isdisjoint(_THOUGHT) or any(phrase in text for phrase in _THOUGHT_PHRASES):
+        thought = 1
+    if (not text.isascii() or any(sign in text for sign in _FORMULA_SIGNS)) and _FORMULA.search(text) is not None:
+        thought += 1
+    if lines and _CONDITIONS.search(text) is not None:
+        thought += 1
+    return code, thought

@@ -137,11 +137,16 @@ class Identities:
                 if len(self._refused) < self._max_count:
                     self._refused[digest] = now + 1.0
                 raise _invalid_key() from failure
-            if failure.reason in _OUTAGES and entry is not None and self._leases.is_alive(entry.principal.key_id):
+            if failure.reason in _OUTAGES and entry is not None and self._may_go_on(entry.principal):
                 entry.valid_until = max(entry.valid_until, now + 1.0)
                 return entry.principal
             raise
         return self._keep(digest, authentication)
+
+    def _may_go_on(self, principal: Principal) -> bool:
+        """Without metering: as long as the lease lasts and the key itself hasn't ended."""
+        ends = principal.expire_time
+        return (ends is None or self._wall_clock() < ends) and self._leases.is_alive(principal.key_id)
 
     def _keep(self, digest: bytes, authentication: Authentication) -> Principal:
         now = self._clock()

@@ -8,9 +8,9 @@ again here anyway.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -58,7 +58,7 @@ class PlannedCandidate:
     model: str
     provider: str
     tariff: Tariff | None
-    """None: its price is unknown and policy allows that."""
+    """None: it is free, or its price is unknown and policy allows that; nothing is held for it."""
     context_window: int
     max_output_tokens: int
     message: routing_service_pb2.Candidate
@@ -68,7 +68,7 @@ class PlannedCandidate:
 class Plan:
     """A plan of routing."""
 
-    __slots__ = ("candidates", "fresh_until", "messages", "response")
+    __slots__ = ("candidates", "fresh_until", "has_unbounded", "messages", "response")
 
     def __init__(
         self, response: routing_service_pb2.PlanResponse, candidates: tuple[PlannedCandidate, ...], fresh_until: float
@@ -76,16 +76,13 @@ class Plan:
         self.response = response
         self.candidates = candidates
         self.messages = tuple(candidate.message for candidate in candidates)
+        self.has_unbounded = any(not (candidate.max_output_tokens or candidate.context_window) for candidate in candidates)
+        """A candidate has no bound of its own for the answer."""
         self.fresh_until = fresh_until
 
 
-class PlanCall(Protocol):
-    """RoutingService.Plan."""
-
-    async def __call__(
-        self, request: routing_service_pb2.PlanRequest, *, timeout: float, metadata: Metadata
-    ) -> routing_service_pb2.PlanResponse:
-        """A ranked plan; Failure MODEL_NOT_FOUND."""
+PlanCall = Callable[..., Awaitable[routing_service_pb2.PlanResponse]]
+"""`RoutingService.Plan` of a stub: takes the request, and `timeout` and `metadata` by name."""
 
 
 class Plans:
@@ -210,10 +207,11 @@ def _candidate_from_proto(candidate: routing_service_pb2.Candidate) -> PlannedCa
     message.CopyFrom(candidate)
     message.ClearField("scores")
     message.ClearField("reason")
+    tariff = tariff_from_proto(candidate.price) if candidate.HasField("price") else None
     return PlannedCandidate(
         candidate.model,
         candidate.provider,
-        tariff_from_proto(candidate.price) if candidate.HasField("price") else None,
+        None if tariff is None or tariff.is_free() else tariff,
         candidate.context_window,
         candidate.max_output_tokens,
         message,

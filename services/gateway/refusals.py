@@ -66,3 +66,22 @@ def context_window_exceeded(tokens: int, window: int) -> Failure:
         f"prompt and answer need {tokens} tokens and the largest window has {window}; shorten the conversation or max_output_tokens",
         metadata={"input_tokens": str(tokens), "context_window": str(window)},
     )
+
+
+def cost_limit(limit: int, needed: int) -> Failure:
+    """The failure of a request whose own limit doesn't cover its prompt and a short answer. Nano-dollars."""
+    return Failure(
+        Reason.COST_LIMIT,
+        f"the request may cost {limit} nano-USD and its prompt with a short answer costs up to {needed}; "
+        "raise max_cost_nano_usd or shorten the prompt",
+        metadata={"max_cost_nano_usd": str(limit)},
+    )
+
+
+def budget_exhausted(level: str, remaining: int, needed: int) -> Failure:
+    """The failure of a request that what is left of the budget doesn't cover. Nano-dollars."""
+    return Failure(
+        Reason.BUDGET_EXHAUSTED,
+        f"{remaining} nano-USD are left of the budget; the prompt with a short answer costs up to {needed}",
+        metadata={"level": level or "key", "remaining_nano_usd": str(remaining), "needed_nano_usd": str(needed)},
+    )

@@ -1,8 +1,8 @@
 """Who calls, and whether they may: deny by default, by service.
 
-Identities are proved by metadata: `authorization: Bearer <token>` with the mesh's service token (and `x-sluice-service: <name>`) for
-a service, with the admin key for the administrator. Callers in this process are services. Another bearer token is a tenant's key:
-the transport can't judge it, the servicers that take tenant keys do.
+Identities are proved by metadata: `authorization: Bearer <token>` with the mesh's service token (and `x-sluice-service:
+<name>`) for a service, with the admin key for the administrator. Callers in this process are services. Another bearer token
+is a tenant's key: the transport can't judge it, the servicers that take tenant keys do.
 """
 
 from __future__ import annotations

@@ -115,6 +115,10 @@ async def _run(
         with contextlib.ExitStack() as reports:
             report = _reporter(settings, report_file, reports)
             await run_services(units, settings, configs, name=name, log=log, redact=redact, stop=stop, report=report)
+    # A file that the configuration names, say the catalogue, can be wrong, too.
+    except ConfigError as error:
+        print(redact(str(error)), file=sys.stderr)
+        return 2
     # The process' own boundary: what went wrong is logged once, and the supervisor decides.
     except Exception as error:  # noqa: BLE001
         _log_end(log, error)
@@ -169,12 +173,14 @@ async def run_services(
 ) -> None:
     """Runs `units` in this process until `stop` is set, then drains.
 
-    Give units in the order of `settings.SERVICES`: each after those it calls. `configs` has one Config per unit's name. `report` gets
-    one mapping per service when its addresses are known: service, grpc, metrics, pid and the service's own (`http`). Raises what
-    opening a service raises, and an ExceptionGroup when a worker fails.
+    Give units in the order of `settings.SERVICES`: each after those it calls. `configs` has one Config per unit's name.
+    `report` gets one mapping per service when its addresses are known: service, grpc, metrics, pid and the service's own
+    (`http`). Raises what opening a service raises, and an ExceptionGroup when a worker fails.
     """
     async with contextlib.AsyncExitStack() as stack:
-        process = await stack.enter_async_context(Process(name, settings, log=log, redact=redact))
+        process = await stack.enter_async_context(
+            Process(name, settings, log=log, redact=redact, hosts=[unit.name for unit in units])
+        )
         services: list[Service] = []
         for unit in units:
             service = await stack.enter_async_context(unit.open(configs[unit.name], process))
@@ -298,7 +304,7 @@ async def _drain(services: Sequence[Service], servers: Sequence[GrpcServer], set
                 await service.drain()
         # One service that can't drain must not keep the others from it.
         except Exception as error:
-            log.error("drain failed", service=service.name, exc_info=error)  # noqa: TRY400  # not the logging module
+            log.error("drain failed", service=service.name, exc_info=error)
     grace = max(0.5, min(settings.drain_grace, end - loop.time()))
     await asyncio.gather(*(server.stop(grace) for server in servers))
 

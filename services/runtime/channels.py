@@ -22,13 +22,13 @@ def open_channel(
 ) -> grpc.aio.Channel:
     """A channel over all `endpoints` (host:port) of a service, to be closed by the caller.
 
-    Keepalive, round_robin, health checking (`health_service`: the name to watch, None: none) and retries of the idempotent methods
-    of `services` (full names). Errors are raised as `grpc.aio.AioRpcError`; `status.failure_from_rpc` reads them.
+    Keepalive, round_robin, health checking (`health_service`: the name to watch, None: none) and retries of the idempotent
+    methods of `services` (full names). Errors are raised as `grpc.aio.AioRpcError`; `status.failure_from_rpc` reads them.
     """
     listed = list(endpoints)
     if not listed:
         raise ValueError("endpoints must not be empty; give at least one host:port")
-    # Several literal addresses are one target of gRPC's `ipv4:` scheme; names are resolved by its `dns:` scheme, one per channel.
+    # Several literal addresses are one target of gRPC's `ipv4:` scheme; names are resolved by its `dns:` scheme, one a channel.
     literal = all(_is_ipv4(endpoint) for endpoint in listed)
     if not literal and len(listed) > 1:
         raise ValueError(f"{listed!r}: several endpoints must be IPv4 addresses; use one DNS name for several replicas")

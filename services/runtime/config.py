@@ -1,8 +1,8 @@
 """Configuration: frozen dataclasses filled from one YAML file and the environment.
 
-A service's `Config` is a frozen, slotted, keyword-only dataclass whose fields are made by `setting`. `load` fills several of them,
-one per section of the file; an environment variable `SLUICE_<SECTION>__<FIELD>` (nested fields joined by `__`) wins over the file.
-Types are strict, unknown keys are refused, and every problem is reported at once in one `ConfigError`.
+A service's `Config` is a frozen, slotted, keyword-only dataclass whose fields are made by `setting`. `load` fills several
+of them, one per section of the file; an environment variable `SLUICE_<SECTION>__<FIELD>` (nested fields joined by `__`)
+wins over the file. Types are strict, unknown keys are refused, and every problem is reported at once in one `ConfigError`.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def setting(
 ) -> Any:
     """A field of a Config.
 
-    `default` is `REQUIRED` when there is none. `minimum` and `maximum` are inclusive, and bound the length of a string, a tuple or
-    a mapping and the value of a number. `secret` keeps the value out of error texts; names that end in `token`, `key`, `password`
-    or the like are secret anyway.
+    `default` is `REQUIRED` when there is none. `minimum` and `maximum` are inclusive, and bound the length of a string, a
+    tuple or a mapping and the value of a number. `secret` keeps the value out of error texts; names that end in `token`,
+    `key`, `password` or the like are secret anyway.
     """
     metadata = {
         _KEY: _Setting(doc, unit, minimum, maximum, None if choices is None else tuple(choices), secret),
@@ -97,9 +97,9 @@ def load(
     content = _read(file, problems) if file is not None else {}
     origin = str(file)
     allowed = {*sections, *others}
-    for name in content:
-        if name not in allowed:
-            problems.append(f"{name}: unknown section in {origin}{_suggestion(name, allowed)}")
+    problems.extend(
+        f"{name}: unknown section in {origin}{_suggestion(name, allowed)}" for name in content if name not in allowed
+    )
     overrides = _overrides(sections, environ, allowed, problems)
     configs = {}
     for name, cls in sections.items():
@@ -205,9 +205,9 @@ def _build(cls: type[Any], given: Any, override: Any, path: str, origin: str, pr
         return None
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    for key in given:
-        if key not in fields:
-            problems.append(f"{path}.{key}: unknown setting in {origin}{_suggestion(str(key), fields)}")
+    problems.extend(
+        f"{path}.{key}: unknown setting in {origin}{_suggestion(str(key), fields)}" for key in given if key not in fields
+    )
     for key, value in override.items():
         if key not in fields:
             problems.append(f"{_variable_of(value)}: unknown setting {key!r} of {path}{_suggestion(key, fields)}")
@@ -383,12 +383,11 @@ def _scalar(kind: Any, value: Any, path: str, origin: str, about: _Setting, secr
         wanted = None if isinstance(value, str) and value else "a path"
         value = Path(value).expanduser() if wanted is None else value
     elif isinstance(kind, type) and issubclass(kind, enum.Enum):
-        names = [member.value for member in kind]
+        names = [str(member.value) for member in kind]
         if value in names:
             return kind(value)
-        problems.append(
-            f"{path}: must be one of {', '.join(map(str, names))}, got {shown} (in {origin}){_suggestion(str(value), [str(n) for n in names])}"
-        )
+        hint = _suggestion(str(value), names)
+        problems.append(f"{path}: must be one of {', '.join(names)}, got {shown} (in {origin}){hint}")
         return None
     else:
         raise TypeError(f"{path} has the type {kind!r}, which settings don't support")

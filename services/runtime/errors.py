@@ -1,7 +1,7 @@
 """Errors that cross a service boundary.
 
     Exception
-    └── Failure            a reason of `sluice.errors.v1.ErrorReason`, words for people, values for programs, maybe a retry delay
+    └── Failure            a reason of `sluice.errors.v1.ErrorReason`, words for people, values for programs, a retry delay
 
 A service derives its own base from `Failure` and a class per decision that its callers can make. Transports carry a `Failure`
 as `google.rpc.Status` with one `ErrorInfo` and, with a retry delay, one `RetryInfo`; the other side gets an equal `Failure`.
@@ -122,7 +122,7 @@ CODES: Final[Mapping[Reason, Code]] = MappingProxyType(
 _NO_METADATA: Final[Mapping[str, str]] = MappingProxyType({})
 
 
-class Failure(Exception):  # noqa: N818  # the word for what crosses a boundary; services add Error classes
+class Failure(Exception):
     """A call failed, and the caller may know why.
 
     `message` says what to do in words; it never has a secret or the inside of an engine in it. `metadata` has the values that

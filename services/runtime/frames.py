@@ -1,4 +1,4 @@
-"""What both sides of a link share: the outbox that puts what is ready into one message, and the options of the channel below."""
+"""What both sides of a link share: the outbox, which puts what is ready into one message, and the channel's options."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_FRAMES: Final = 1024
 
 
 class Outbox:
-    """Messages to be sent, filled frame by frame and emptied by one writer. `Message` is ExchangeRequest or ExchangeResponse."""
+    """Messages (ExchangeRequest or ExchangeResponse) to be sent, filled frame by frame and emptied by one writer."""
 
     def __init__(self, message_class: Any) -> None:
         self._class = message_class

@@ -9,7 +9,6 @@ from typing import Any, Final, NoReturn
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from sluice.link.v1 import link_service_pb2
 
 from services.runtime.admission import Admission
 from services.runtime.authentication import Authenticator
@@ -22,6 +21,7 @@ from services.runtime.interceptors import Log
 from services.runtime.linkserver import LinkServer
 from services.runtime.settings import MeshSettings, Profile, Reflection
 from services.runtime.status import DETAILS_KEY, grpc_code, status_from_failure
+from sluice.link.v1 import link_service_pb2
 
 _HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 _REFLECTION_PREFIX: Final = "/grpc.reflection."

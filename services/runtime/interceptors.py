@@ -10,8 +10,8 @@
     message         bytes to request, the innermost
 
 A stage gives the chain plain functions to run before and after a call, bound once per method; the chain is one coroutine around
-the handler, however many stages there are, since a coroutine per stage would cost more than what the stages do. Calls inside the
-process use the same stages without those that only make sense at a process' border.
+the handler, however many stages there are, since a coroutine per stage would cost more than what the stages do. Calls
+inside the process use the same stages without those that only make sense at a process' border.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class ErrorMapping:
 
 
 class Messages:
-    """The innermost stage of calls that arrive as bytes: parses the request. Not a Stage, since it changes what the handler gets."""
+    """The innermost stage of calls that arrive as bytes: parses the request. Not a Stage: it changes what the handler gets."""
 
     name: Final = "message"
 

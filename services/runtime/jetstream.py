@@ -1,4 +1,4 @@
-"""JetStream, with the traps of reliability.md closed: every wait is bounded, errors are `Failure`, an unsure answer is said to be one.
+"""JetStream, with the traps of reliability.md closed: every wait is bounded, errors are `Failure`, doubt is said.
 
 Streams and consumers are data in the words of the JetStream API (`retention`, `discard_new_per_subject`, `ack_wait` in
 nanoseconds, …), so that the newest server features need no support by the client library.
@@ -82,9 +82,9 @@ async def publish(
 ) -> PubAck:
     """Publishes and waits for the server's word that the message is stored.
 
-    `message_id` must be unique over all tenants of the stream (M5). Raises Failure QUEUE_FULL when a limit of the stream refuses the
-    message, DEPENDENCY_UNAVAILABLE when there is no answer: then the message may or may not be stored; publish again with the
-    same id.
+    `message_id` must be unique over all tenants of the stream (M5). Raises Failure QUEUE_FULL when a limit of the stream
+    refuses the message, DEPENDENCY_UNAVAILABLE when there is no answer: then the message may or may not be stored; publish
+    again with the same id.
     """
     given = dict(headers or {})
     if message_id is not None:

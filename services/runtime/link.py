@@ -1,8 +1,8 @@
 """The calling side of links: many calls to another process on one long-lived gRPC stream, `sluice.link.v1`.
 
-Everything that becomes ready in one turn of the event loop travels in one message, so that the price of a gRPC message is shared.
-Generated stubs take a `LinkChannel` like any channel; it keeps one link to every endpoint of a service and goes round those that
-are SERVING.
+Everything that becomes ready in one turn of the event loop travels in one message, so that the price of a gRPC message is
+shared. Generated stubs take a `LinkChannel` like any channel; it keeps one link to every endpoint of a service and goes
+round those that are SERVING.
 
 Errors are raised as `Failure`. A call whose link is lost fails with DEPENDENCY_UNAVAILABLE, unless the method is idempotent
 (`retries.py`) or the other side is known not to have begun it: then it is sent once more, over another link where there is one.
@@ -20,7 +20,6 @@ from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from sluice.link.v1 import link_service_pb2, link_service_pb2_grpc
 
 from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Metadata
 from services.runtime.errors import Failure, Reason, deadline_exceeded, unavailable
@@ -29,6 +28,7 @@ from services.runtime.inproc import MetadataLike
 from services.runtime.interceptors import Log
 from services.runtime.retries import is_idempotent
 from services.runtime.status import failure_from_rpc, failure_from_status
+from sluice.link.v1 import link_service_pb2, link_service_pb2_grpc
 
 _CREDIT_STEP: Final = 32
 _MAX_OPEN_CALLS: Final = 4096

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import grpc
 from google.rpc import status_pb2
-from sluice.link.v1 import link_service_pb2
 
 from services.runtime.admission import Admission
 from services.runtime.authentication import Authenticator, check
@@ -19,6 +18,7 @@ from services.runtime.frames import FIRST_CREDITS, LINK_SERVICE, MAX_OUTBOX_BYTE
 from services.runtime.inproc import bounded, bounded_stream
 from services.runtime.interceptors import Log
 from services.runtime.status import status_from_failure
+from sluice.link.v1 import link_service_pb2
 
 _MAX_METADATA: Final = 64
 _STATUS_OK: Final = status_pb2.Status()

@@ -1,7 +1,7 @@
 """Structured logs without secrets, and a cheap log of one line per request.
 
-Redaction works on the rendered line, whatever field or traceback a secret hides in: keys by their shape, values by the name before
-them, and the process' own secrets by value.
+Redaction works on the rendered line, whatever field or traceback a secret hides in: keys by their shape, values by the name
+before them, and the process' own secrets by value.
 """
 
 from __future__ import annotations
@@ -25,26 +25,39 @@ _HIDDEN: Final = "[redacted]"
 _MAX_LINE: Final = 32 * 1024
 _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
-# A rule is looked for only when its marker is in the lower-cased text: finding a literal is a hundred times cheaper.
-_RULES: Final[tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...]] = (
-    (("sk-",), re.compile(r"\b(?:sk|rk|pk)-[A-Za-z0-9_\-]{8,}"), _HIDDEN),
-    (("bearer", "basic"), re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=\-]{6,}"), r"\1 " + _HIDDEN),
-    (("aiza",), re.compile(r"AIza[0-9A-Za-z_\-]{20,}"), _HIDDEN),
-    (("gsk_", "hf_", "xai-", "pplx-", "r8_"), re.compile(r"\b(?:gsk_|hf_|xai-|pplx-|r8_)[A-Za-z0-9_\-]{12,}"), _HIDDEN),
-    (("akia", "asia"), re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), _HIDDEN),
-    (("eyj",), re.compile(r"\beyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]*"), _HIDDEN),
-    (("private key",), re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL), _HIDDEN),
-    (("://",), re.compile(r"://[^/\s\"'@]+@"), f"://{_HIDDEN}@"),
-    (
-        ("authorization", "api_key", "api-key", "apikey", "password", "secret", "credential", "_token", '"token', "'token", "token="),
-        re.compile(
-            r"(?i)((?:authorization|api[_-]?key|password|passwd|secret|credentials?|(?:service|access|auth|refresh)_token|\btoken)"
-            r"\\?[\"']?\s*[:=]\s*\\?[\"']?)(?!\[redacted\]|(?:bearer|basic)\s)[^\s\"'\\,;&}\])]{4,}"
-        ),
-        r"\1" + _HIDDEN,
-    ),
-    (("key=",), re.compile(r"(?i)([?&][a-z_\-]*key=)[^&\s\"']+"), r"\1" + _HIDDEN),
-)  # fmt: skip
+_VALUE: Final = r"\\?[\"']?\s*[:=]\s*\\?[\"']?(?!\[redacted\]|(?:bearer|basic)\s)"
+
+
+def _shape(pattern: str, flags: int = 0) -> re.Pattern[str]:
+    """A secret with the shape `pattern`; what a group `keep` matches stays."""
+    return re.compile(pattern, flags)
+
+
+def _named(name: str) -> re.Pattern[str]:
+    """The value that follows `name`, in JSON, in Python's repr, in a header, in a query."""
+    return re.compile(rf"(?P<keep>{name}{_VALUE})[^\s\"'\\,;&}}\])]{{4,}}", re.IGNORECASE)
+
+
+# Each pattern is tried only where its marker stands in the lower-cased text: finding a literal is a hundred times cheaper than
+# running an expression over all of the text.
+_RULES: Final[tuple[tuple[str, re.Pattern[str]], ...]] = (
+    *((f"{head}k-", _shape(rf"(?<![A-Za-z0-9_]){head}k-[A-Za-z0-9_\-]{{8,}}")) for head in "srp"),
+    *((scheme, _shape(rf"(?P<keep>{scheme}\s+)[A-Za-z0-9._~+/=\-]{{6,}}", re.IGNORECASE)) for scheme in ("bearer", "basic")),
+    ("aiza", _shape(r"AIza[0-9A-Za-z_\-]{20,}")),
+    *((head, _shape(rf"(?<![A-Za-z0-9_]){head}[A-Za-z0-9_\-]{{12,}}")) for head in ("gsk_", "hf_", "xai-", "pplx-", "r8_")),
+    *((head.lower(), _shape(rf"{head}[0-9A-Z]{{16}}")) for head in ("AKIA", "ASIA")),
+    ("eyj", _shape(r"eyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]*")),
+    ("-----begin", _shape(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL)),
+    ("://", _shape(r"(?P<keep>://)[^/\s\"'@]+(?=@)")),
+    ("authorization", _named("authorization")),
+    ("api", _named("api[_-]?key")),
+    ("passw", _named("passwo?r?d")),
+    ("secret", _named("secret")),
+    ("credential", _named("credentials?")),
+    ("token", _named(r"(?<![A-Za-z0-9])token")),
+    ("key=", _shape(r"(?P<keep>(?<![A-Za-z0-9])key=)[^&\s\"']+", re.IGNORECASE)),
+)
+_ASCII_LOWER: Final = {upper: upper + 32 for upper in range(ord("A"), ord("Z") + 1)}
 
 
 class Redactor:
@@ -59,13 +72,30 @@ class Redactor:
         for secret in self._known:
             if secret in text:
                 text = text.replace(secret, _HIDDEN)
-        lower = text.lower()
-        for markers, pattern, replacement in _RULES:
-            for marker in markers:
-                if marker in lower:
-                    text = pattern.sub(replacement, text)
-                    break
-        return text
+        # Lower-casing must not move anything, which it does for some letters beyond ASCII.
+        lower = text.lower() if text.isascii() else text.translate(_ASCII_LOWER)
+        spans: list[tuple[int, int]] = []
+        for marker, pattern in _RULES:
+            position = lower.find(marker)
+            while position >= 0:
+                found = pattern.match(text, position)
+                if found is None:
+                    position = lower.find(marker, position + 1)
+                    continue
+                start = found.end("keep") if "keep" in pattern.groupindex else found.start()
+                spans.append((start, found.end()))
+                position = lower.find(marker, max(found.end(), position + 1))
+        if not spans:
+            return text
+        parts: list[str] = []
+        end = 0
+        for start, stop in sorted(spans):
+            if stop <= end:
+                continue
+            if start >= end:
+                parts += (text[end:start], _HIDDEN)
+            end = stop
+        return "".join([*parts, text[end:]])
 
 
 def open_log(
@@ -131,8 +161,9 @@ class LibraryLog(logging.Handler):
 class RequestLog:
     """One JSON line per request, written in batches by a thread of its own.
 
-    `write` costs well under a microsecond on the path: rendering, redaction and writing happen in the thread. At most `capacity`
-    lines wait; further ones are dropped and counted, since a log must not stop the service. Give JSON-like values alone.
+    `write` costs well under a microsecond on the path: rendering, redaction and writing happen in the thread. At most
+    `capacity` lines wait; further ones are dropped and counted, since a log must not stop the service. Give JSON-like
+    values alone.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Counters, gauges and histograms that cost a fraction of a microsecond, exposed in Prometheus' format.
 
-`prometheus_client`'s own values take a lock per operation, about 1 µs; a request of the hot path has some twenty. Here a child is
-a plain attribute, added to without a lock: an in-place addition of numbers makes no call between its load and its store, and
-CPython switches threads only at calls and backward jumps, so it is safe from any thread.
+`prometheus_client`'s own values take a lock per operation, about 1 µs; a request of the hot path has some twenty. Here a
+child is a plain attribute, added to without a lock: an in-place addition of numbers makes no call between its load and its
+store, and CPython switches threads only at calls and backward jumps, so it is safe from any thread.
 
 Bind children once (`requests = registry.counter(…).labels("hit")`) and keep them; `labels` itself is a dictionary lookup.
 """

@@ -59,7 +59,9 @@ class Process:
         log: Any,
         metrics: Registry | None = None,
         redact: Redactor | None = None,
+        hosts: Iterable[str] = (),
     ) -> None:
+        """`hosts` are the services that live here or will, so that calls to them never leave the process."""
         self.name = name
         self.replica_id = f"{name}-{uuid.uuid4().hex[:12]}"
         """Unique per start."""
@@ -70,7 +72,7 @@ class Process:
         self.telemetry = Telemetry(settings.otlp_endpoint, name, self.replica_id, settings.trace_ratio)
         self._methods: dict[str, Method] = {}
         self._table = Table(())
-        self._served: set[str] = set()
+        self._served = set(hosts)
         self._links: dict[str, LinkChannel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._nats: NatsClient | None = None

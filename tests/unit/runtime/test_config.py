@@ -45,10 +45,10 @@ class Needy:
     url: str = setting(REQUIRED, "Where it is")
 
 
-def read(tmp_path: Path, text: str, environ: Mapping[str, str] | None = None, **named: type) -> Config:
+def read(tmp_path: Path, text: str, environ: Mapping[str, str] | None = None) -> Config:
     file = tmp_path / "sluice.yaml"
     file.write_text(text)
-    config: Config = load({"svc": Config}, file, environ or {}, **named)["svc"]
+    config: Config = load({"svc": Config}, file, environ or {})["svc"]
     return config
 
 

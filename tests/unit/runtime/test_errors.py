@@ -7,7 +7,7 @@ from sluice.errors.v1.error_reason_pb2 import ErrorReason
 
 
 def test_the_reasons_are_those_of_the_contract() -> None:
-    contract = {name.removeprefix("ERROR_REASON_") for name in ErrorReason.keys()} - {"UNSPECIFIED"}
+    contract = {name.removeprefix("ERROR_REASON_") for name in ErrorReason.DESCRIPTOR.values_by_name} - {"UNSPECIFIED"}
     assert {reason.value for reason in Reason} == contract
 
 

@@ -52,7 +52,7 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
 
 async def test_malformed_bytes_are_invalid_not_internal() -> None:
     async with serve() as running, dial(running) as channel:
-        call = channel.unary_unary(COUNT)
+        call: Any = channel.unary_unary(COUNT)
         for data in (b"\xff", b"\x0a\xff\xff\xff\xff\xff", b"\x0a\x05ab", b"\x0a\x02\xc3\x28"):
             assert await refused(call(data, metadata=IDENTITY)) == (grpc.StatusCode.INVALID_ARGUMENT, "REQUEST_INVALID")
 
@@ -74,7 +74,7 @@ async def test_anonymous_callers_reach_only_what_is_public() -> None:
 
 async def test_an_unknown_method_has_a_reason() -> None:
     async with serve() as running, dial(running) as channel:
-        unary = channel.unary_unary("/sluice.routing.v1.RoutingService/Plan")
+        unary: Any = channel.unary_unary("/sluice.routing.v1.RoutingService/Plan")
         assert await refused(unary(b"")) == (grpc.StatusCode.UNIMPLEMENTED, "ROUTE_NOT_FOUND")
 
 
@@ -130,7 +130,8 @@ async def services_by_reflection(settings: MeshSettings, metadata: tuple[tuple[s
             async for answer in stub.ServerReflectionInfo(iter([asked]), metadata=metadata):
                 return {service.name for service in answer.list_services_response.service}
         except grpc.aio.AioRpcError as error:
-            assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+            if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
     return None
 
 

@@ -99,18 +99,20 @@ async def test_a_lost_stream_fails_after_what_had_arrived() -> None:
 
 
 async def test_calls_go_round_the_serving_replicas() -> None:
-    async with serve() as first, serve() as second, serve(serving=False) as third:
-        async with links(first.address, second.address, third.address) as channel:
-            await eventually(lambda: len(channel.ready_endpoints) == 2)
-            for _ in range(10):
-                await tokens(channel).CountTexts(CountTextsRequest(), timeout=5)
-            assert (len(first.script.calls), len(second.script.calls), len(third.script.calls)) == (5, 5, 0)
-            await third.server.set_serving(True)
-            await first.server.announce_stop()
-            await eventually(lambda: set(channel.ready_endpoints) == {second.address, third.address})
-            for _ in range(10):
-                await tokens(channel).CountTexts(CountTextsRequest(), timeout=5)
-            assert (len(first.script.calls), len(second.script.calls), len(third.script.calls)) == (5, 10, 5)
+    async with contextlib.AsyncExitStack() as stack:
+        first, second = [await stack.enter_async_context(serve()) for _ in range(2)]
+        third = await stack.enter_async_context(serve(serving=False))
+        channel = await stack.enter_async_context(links(first.address, second.address, third.address))
+        await eventually(lambda: len(channel.ready_endpoints) == 2)
+        for _ in range(10):
+            await tokens(channel).CountTexts(CountTextsRequest(), timeout=5)
+        assert (len(first.script.calls), len(second.script.calls), len(third.script.calls)) == (5, 5, 0)
+        await third.server.set_serving(True)
+        await first.server.announce_stop()
+        await eventually(lambda: set(channel.ready_endpoints) == {second.address, third.address})
+        for _ in range(10):
+            await tokens(channel).CountTexts(CountTextsRequest(), timeout=5)
+        assert (len(first.script.calls), len(second.script.calls), len(third.script.calls)) == (5, 10, 5)
 
 
 async def test_an_idempotent_call_is_repeated_once_elsewhere_and_another_is_not() -> None:

@@ -130,7 +130,7 @@ async def test_the_deadline_of_a_stream_ends_it(over: Transport) -> None:
     got = []
     with pytest.raises(Failure) as raised:
         async for reply in jobs(over).WatchJob(WatchJobRequest(job_id="2:hang"), timeout=0.3):
-            got.append(reply)  # noqa: PERF401
+            got.append(reply)  # noqa: PERF401  # the error ends the loop
     assert raised.value.reason is Reason.DEADLINE_EXCEEDED
     assert len(got) == 2
     await asyncio.wait_for(over.script.cancelled.wait(), 2)

@@ -1,0 +1,122 @@
+"""Wiring of the metering service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from services.metering import pricebook
+from services.metering.accounts import Key, Limits
+from services.metering.adapters import genai
+from services.metering.adapters.sqlite import open_store
+from services.metering.config import Config
+from services.metering.errors import StoreUnavailable
+from services.metering.leasing import Defaults, Leasing
+from services.metering.pricebook import PriceBook
+from services.metering.service import MeteringServicer, Prices
+from services.metering.tenancy import Tenancy
+from services.metering.tenancy_service import TenancyServicer
+from services.metering.usage_service import UsageServicer
+from services.runtime.config import ConfigError
+from services.runtime.dispatch import Binding
+from services.runtime.errors import Failure
+from services.runtime.process import Process, Service
+from sluice.metering.v1 import metering_service_pb2, tenancy_service_pb2, usage_service_pb2
+
+NAME: Final = "metering"
+KEYS_REVOKED: Final = "sluice.keys.revoked"
+"""Core NATS subject of revocations; the payload is a KeyInvalidation."""
+
+
+def _read_book(path: Path) -> PriceBook:
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path}: can't be read as YAML: {type(error).__name__}"]) from None
+    if not isinstance(content, dict):
+        raise ConfigError([f"{path}: must be a mapping of sections"])
+    return pricebook.build(content, genai.seed)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+@contextlib.asynccontextmanager
+async def open_service(config: Config, process: Process) -> AsyncIterator[Service]:
+    """Opens the ledger, the price book and the tenant `default`."""
+    path = process.settings.catalogue
+    prices = Prices(await asyncio.to_thread(_read_book, path))
+    async with open_store(process.state_dir(NAME)) as store:
+        leasing = Leasing(
+            store,
+            Defaults(config.requests_per_minute, config.concurrency),
+            lease_seconds=config.lease_seconds,
+            grace_seconds=config.lease_grace,
+            recall_factor=config.recall_factor,
+        )
+
+        async def announce(key: Key) -> None:
+            message = tenancy_service_pb2.KeyInvalidation(key_sha256=key.sha256, key_id=key.id)
+            try:
+                await (await process.nats()).publish(KEYS_REVOKED, message.SerializeToString())
+            except (Failure, OSError) as error:
+                process.log.warning("revocation_not_announced", key=key.id, error=type(error).__name__)
+
+        tenancy = Tenancy(store, announce)
+        if config.bootstrap_key:
+            limits = Limits(
+                budget_nano_usd=config.bootstrap_budget_nano_usd,
+                requests_per_minute=config.bootstrap_requests_per_minute,
+                concurrency=config.bootstrap_concurrency,
+            )
+            await tenancy.bootstrap(config.bootstrap_key, limits)
+
+        async def sweep() -> None:
+            while True:
+                await asyncio.sleep(config.sweep_interval)
+                try:
+                    freed = await store.expire(time.time())
+                except StoreUnavailable:
+                    process.log.warning("sweep_failed")
+                    continue
+                if freed:
+                    process.log.info("reservations_expired", count=freed)
+
+        async def watch_prices() -> None:
+            seen = await asyncio.to_thread(_stamp, path)
+            while True:
+                await asyncio.sleep(config.price_reload_interval)
+                stamp = await asyncio.to_thread(_stamp, path)
+                if stamp is None or stamp == seen:
+                    continue
+                seen = stamp
+                try:
+                    prices.book = await asyncio.to_thread(_read_book, path)
+                except ConfigError as error:
+                    # The last good book stays.
+                    process.log.error("prices_not_reloaded", problems=list(error.problems))
+                else:
+                    process.log.info("prices_reloaded", version=prices.book.version)
+
+        servicer = MeteringServicer(store, leasing, prices, process.metrics, identity_reuse=config.identity_reuse)
+        yield Service(
+            name=NAME,
+            bindings=(
+                Binding(servicer, metering_service_pb2.DESCRIPTOR.services_by_name["MeteringService"]),
+                Binding(TenancyServicer(tenancy, store), tenancy_service_pb2.DESCRIPTOR.services_by_name["TenancyService"]),
+                Binding(UsageServicer(store, prices), usage_service_pb2.DESCRIPTOR.services_by_name["UsageService"]),
+            ),
+            pings={"ledger": store.ping},
+            workers=(sweep, watch_prices),
+        )

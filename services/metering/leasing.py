@@ -1,0 +1,185 @@
+"""Leases: what one replica may spend for one key without asking. Grants of rates and concurrency, and slices of budgets."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from services.metering.accounts import Level, Limits, Payer
+from services.metering.errors import KeyUnknown
+from services.metering.ledger import Slice
+from services.metering.limits import UNLIMITED, Concurrency, Rates
+from services.metering.ports import Chain, Store
+
+_MOST_ANSWERS: Final = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """Limits of tenants that set none. -1: unlimited."""
+
+    requests_per_minute: int
+    concurrency: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a replica asks for."""
+
+    replica_id: str
+    sequence: int
+    key_id: str
+    lease_id: str
+    requests: int
+    tokens: int
+    concurrency: int
+    nano_usd: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One limit that applies, and what is left of it."""
+
+    level: Level
+    kind: str
+    """`requests`, `tokens`, `concurrency`, `budget`."""
+    limit: int
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a replica gets. -1: unlimited."""
+
+    lease_id: str
+    expire_time: float
+    requests: int
+    tokens: int
+    concurrency: int
+    nano_usd: int
+    standings: tuple[Standing, ...]
+    retry_delay: float
+    """Seconds; 0: something was granted."""
+
+
+class Leasing:
+    """Grants leases. One per ledger: rates and shares are counted here."""
+
+    def __init__(
+        self,
+        store: Store,
+        defaults: Defaults,
+        *,
+        lease_seconds: float,
+        grace_seconds: float,
+        recall_factor: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._defaults = defaults
+        self._seconds = lease_seconds
+        self._grace = grace_seconds
+        self._recall_factor = recall_factor
+        self._clock = clock
+        self._rates = Rates()
+        self._concurrency = Concurrency()
+        self._answers: OrderedDict[tuple[str, str], tuple[int, Grant]] = OrderedDict()
+        self._replicas: dict[str, float] = {}
+
+    async def acquire(self, wish: Wish) -> Grant:
+        """Grants what can be had. A repeated wish (same replica, key and sequence) gets the grant it got. Raises KeyUnknown."""
+        asked = (wish.replica_id, wish.key_id)
+        known = self._answers.get(asked)
+        if known is not None and known[0] == wish.sequence:
+            return known[1]
+        now = self._clock()
+        chain = await self._store.chain_by_key(wish.key_id)
+        if chain is None or not chain.key.is_active(now):
+            raise KeyUnknown
+        self._replicas[wish.replica_id] = now + 2 * self._seconds
+        for replica in [name for name, until in self._replicas.items() if until < now]:
+            del self._replicas[replica]
+        lease_id = wish.lease_id or _lease_id(wish)
+        expires = now + self._seconds
+        money = await self._money(chain, wish, lease_id, expires)
+        requests, wait = self._rates.take(self._limits(chain, "requests"), max(0, wish.requests), now)
+        tokens, token_wait = self._rates.take(self._limits(chain, "tokens"), max(0, wish.tokens), now)
+        share = self._concurrency.share(lease_id, self._limits(chain, "concurrency"), max(1, wish.concurrency), expires, now)
+        grant = Grant(
+            lease_id,
+            expires,
+            requests,
+            tokens,
+            share,
+            money.granted,
+            tuple(self._standings(chain, money, now)),
+            max(wait, token_wait),
+        )
+        self._answers[asked] = (wish.sequence, grant)
+        self._answers.move_to_end(asked)
+        if len(self._answers) > _MOST_ANSWERS:
+            self._answers.popitem(last=False)
+        return grant
+
+    async def _money(self, chain: Chain, wish: Wish, lease_id: str, expires: float) -> Slice:
+        payer = Payer(chain.tenant.id, chain.project.id, chain.key.id)
+        # A slice is a few holds; when the budget nears what the replicas' slices could hide, every hold asks for itself.
+        reserve = self._recall_factor * max(1, len(self._replicas)) * max(1, wish.nano_usd // 8)
+        return await self._store.grant_slice(lease_id, payer, max(0, wish.nano_usd), reserve, expires + self._grace)
+
+    async def give_back(self, lease_id: str, held: int) -> None:
+        """Ends a lease; `held` stays reserved for what still runs."""
+        self._concurrency.release(lease_id)
+        await self._store.return_lease(lease_id, held, self._clock() + self._grace)
+
+    def _limits(self, chain: Chain, kind: str) -> dict[str, int]:
+        """Limits by name of the account, unlimited ones left out."""
+        found = {}
+        for level, name, limits in _levels(chain):
+            value = _value(limits, kind)
+            if value is None and level is Level.TENANT:
+                value = {"requests": self._defaults.requests_per_minute, "concurrency": self._defaults.concurrency}.get(kind)
+            if value is not None and value != UNLIMITED:
+                found[f"{kind}:{name}"] = value
+        return found
+
+    def _standings(self, chain: Chain, money: Slice, now: float) -> list[Standing]:
+        standings = []
+        for level, name, _ in _levels(chain):
+            for kind in ("requests", "tokens", "concurrency"):
+                key = f"{kind}:{name}"
+                limit = self._limits(chain, kind).get(key)
+                if limit is not None:
+                    left = limit - self._concurrency.used(key) if kind == "concurrency" else self._rates.left(key, limit, now)
+                    standings.append(Standing(level, kind, limit, max(0, left)))
+        if money.budget is not None and money.left is not None:
+            standings.append(Standing(Level(money.level), "budget", money.budget, max(0, money.left)))
+        return standings
+
+
+def _levels(chain: Chain) -> list[tuple[Level, str, Limits]]:
+    tenant, project, key = chain.tenant, chain.project, chain.key
+    return [
+        (Level.KEY, f"key/{key.id}", key.limits),
+        (Level.PROJECT, f"project/{tenant.id}/{project.id}", project.limits),
+        (Level.TENANT, f"tenant/{tenant.id}", tenant.limits),
+    ]
+
+
+def _value(limits: Limits, kind: str) -> int | None:
+    match kind:
+        case "requests":
+            return limits.requests_per_minute
+        case "tokens":
+            return limits.tokens_per_minute
+        case _:
+            return limits.concurrency
+
+
+def _lease_id(wish: Wish) -> str:
+    digest = hashlib.blake2b(f"{wish.replica_id}|{wish.key_id}|{wish.sequence}".encode(), digest_size=12)
+    return f"lease-{digest.hexdigest()}"

@@ -1,0 +1,118 @@
+"""What is posted: entries, holds, leases. The rules of money that hold whatever the store."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final, NamedTuple
+
+from services.metering.accounts import Payer
+
+PLATFORM: Final = "platform"
+GENESIS: Final = bytes(16)
+"""What the first entry's hash follows."""
+
+
+class Entry(NamedTuple):
+    """One row of the journal: a transfer of `amount` from `debit` to `credit`. A tuple, since it goes into the store as it is."""
+
+    attempt_id: str
+    operation_id: str
+    debit: str
+    credit: str
+    amount: int
+    tenant_id: str
+    project_id: str
+    key_id: str
+    model: str
+    provider: str
+    input_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    images: int
+    usage_source: int
+    price_version: str
+    start_micros: int
+    duration_micros: int
+    outcome: int
+    error_reason: int
+    task_type: int
+    saved: int
+    cache_status: int
+    attempt_number: int
+    flags: str
+    """Comma-separated: `cost_mismatch`, `price_unknown`."""
+    post_micros: int
+
+
+class Settlement(NamedTuple):
+    """An entry and the reservation that it ends."""
+
+    entry: Entry
+    lease_id: str
+    hold_id: str
+    is_final: bool
+
+
+def chained(previous: bytes, entry: Entry) -> bytes:
+    """Hash of an entry and of all before it: a changed, missing or inserted row breaks every later one."""
+    digest = blake2b(previous, digest_size=16)
+    digest.update("\x1f".join(map(str, entry)).encode())
+    return digest.digest()
+
+
+class PostState(enum.Enum):
+    """What became of a settlement."""
+
+    POSTED = "posted"
+    DUPLICATE = "duplicate"
+
+
+class HoldState(enum.Enum):
+    """What became of a hold."""
+
+    OPEN = "open"
+    POSTED = "posted"
+    VOIDED = "voided"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Money reserved for one operation."""
+
+    id: str
+    operation_id: str
+    payer: Payer
+    amount: int
+    state: HoldState
+    expire_time: float
+    budget_before: int | None
+    """Left of the tightest budget before the hold; None: no budget is set."""
+    budget_level: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Money deducted for a lease."""
+
+    granted: int
+    """-1: no budget is set at any level."""
+    budget: int | None
+    """The tightest budget; None: none is set."""
+    left: int | None
+    """What is left of it after the grant."""
+    level: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a check of the whole ledger found."""
+
+    entries: int
+    debits: int
+    credits: int
+    problems: tuple[str, ...]

@@ -1,0 +1,128 @@
+"""What metering needs of a ledger store. Every call raises StoreUnavailable when the store can't be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.metering.accounts import Key, Limits, Payer, Project, Tenant
+from services.metering.ledger import Entry, Hold, HoldState, PostState, Settlement, Slice, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A key with everything above it."""
+
+    key: Key
+    project: Project
+    tenant: Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class UsageFilter:
+    """Which entries count. Empty and None: all."""
+
+    tenant_id: str = ""
+    project_id: str = ""
+    key_id: str = ""
+    model: str = ""
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """Sums of one group."""
+
+    group: tuple[str, ...]
+    requests: int
+    cache_hits: int
+    attempts: int
+    fallbacks: int
+    input_tokens: int
+    cached_tokens: int
+    cache_write_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    images: int
+    cost: int
+    saved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """An entry as the journal has it."""
+
+    sequence: int
+    entry: Entry
+
+
+class Store(Protocol):
+    """The ledger store. What a call says is committed when it returns."""
+
+    async def ping(self) -> None:
+        """Returns when the store can be used."""
+
+    async def chain_by_digest(self, sha256: bytes) -> Chain | None:
+        """The key with this digest, whether active or not."""
+
+    async def chain_by_key(self, key_id: str) -> Chain | None:
+        """The key with this id, whether active or not."""
+
+    async def create_tenant(self, tenant: Tenant, request_id: str) -> Tenant:
+        """Inserts a tenant with a project `default`. Raises Exists unless the same `request_id` made it."""
+
+    async def tenant(self, tenant_id: str) -> Tenant | None:
+        """A tenant."""
+
+    async def tenants(self, after: str, limit: int) -> list[Tenant]:
+        """Tenants by id, those after `after`."""
+
+    async def update_tenant(self, tenant_id: str, display_name: str | None, limits: Limits) -> Tenant:
+        """Replaces limits, and the name unless None. Raises NotFound."""
+
+    async def create_project(self, project: Project, request_id: str) -> Project:
+        """Inserts a project. Raises NotFound for its tenant, Exists unless the same `request_id` made it."""
+
+    async def projects(self, tenant_id: str, after: str, limit: int) -> list[Project]:
+        """Projects of a tenant by id."""
+
+    async def update_project(self, tenant_id: str, project_id: str, display_name: str | None, limits: Limits) -> Project:
+        """As update_tenant."""
+
+    async def create_key(self, key: Key) -> Key:
+        """Inserts a key. Raises NotFound for its project, Exists for its id or digest."""
+
+    async def keys(self, tenant_id: str, project_id: str, after: str, limit: int) -> list[Key]:
+        """Keys of a tenant, or of one of its projects, by id."""
+
+    async def revoke_key(self, key_id: str, now: float) -> Key:
+        """Ends a key; a second time changes nothing. Raises NotFound."""
+
+    async def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float) -> Hold:
+        """Reserves at all three accounts or at none. Idempotent per operation. Raises BudgetExhausted."""
+
+    async def void_hold(self, hold_id: str) -> HoldState:
+        """Frees an open hold; returns the state that it has then. Raises NotFound."""
+
+    async def grant_slice(self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float) -> Slice:
+        """Deducts up to `wanted` for a lease, and extends it, as long as every budget keeps `reserve` besides; else grants 0."""
+
+    async def return_lease(self, lease_id: str, held: int, expire_time: float) -> None:
+        """Frees what a lease has left but `held`, which stays until `expire_time`. Unknown leases are ignored."""
+
+    async def post(self, settlements: Sequence[Settlement]) -> list[PostState]:
+        """Posts each once by its attempt id, all or none in one transaction."""
+
+    async def expire(self, now: float) -> int:
+        """Frees holds and leases whose time is over; returns how many."""
+
+    async def usage(self, wanted: UsageFilter, group_by: Sequence[str], after: int, limit: int) -> list[UsageRow]:
+        """Sums per group, from the row number `after` on. `group_by` of: tenant, project, key, model, task_type, hour, day."""
+
+    async def entries(self, tenant_id: str, operation_id: str, after: int, limit: int) -> list[Posted]:
+        """Journal rows in order of sequence, those after `after`. Empty filters: all."""
+
+    async def verify(self) -> Verdict:
+        """Checks the whole ledger: the hash chain, and that balances are what the journal and reservations say."""

@@ -1,0 +1,313 @@
+"""Translations between `sluice.metering.v1` and the ledger."""
+
+from __future__ import annotations
+
+import time
+from types import MappingProxyType
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.metering.accounts import Balance, Key, Limits, Project, Tenant, key_account
+from services.metering.cost import Price, cost_of
+from services.metering.leasing import Grant
+from services.metering.ledger import PLATFORM, Entry, HoldState, Settlement
+from services.metering.ports import Posted, UsageRow
+from services.metering.pricebook import PriceBook
+from services.runtime.errors import invalid
+from sluice.inference.v1 import answer_pb2
+from sluice.metering.v1 import metering_service_pb2, price_pb2, tenancy_service_pb2, usage_service_pb2
+
+HOLD_STATES: Final = MappingProxyType(
+    {
+        HoldState.OPEN: metering_service_pb2.HOLD_STATE_OPEN,
+        HoldState.POSTED: metering_service_pb2.HOLD_STATE_POSTED,
+        HoldState.VOIDED: metering_service_pb2.HOLD_STATE_VOIDED,
+        HoldState.EXPIRED: metering_service_pb2.HOLD_STATE_EXPIRED,
+    }
+)
+_KINDS: Final = MappingProxyType(
+    {
+        "requests": metering_service_pb2.LIMIT_KIND_REQUESTS_PER_MINUTE,
+        "tokens": metering_service_pb2.LIMIT_KIND_TOKENS_PER_MINUTE,
+        "concurrency": metering_service_pb2.LIMIT_KIND_CONCURRENCY,
+        "budget": metering_service_pb2.LIMIT_KIND_BUDGET,
+    }
+)
+_MAX_AMOUNT: Final = 1 << 60
+_MAX_ID: Final = 256
+
+
+def timestamp(seconds: float | None) -> Timestamp | None:
+    """Unix seconds as a message; None stays None."""
+    if seconds is None:
+        return None
+    message = Timestamp()
+    message.FromMicroseconds(round(seconds * 1e6))
+    return message
+
+
+def duration(seconds: float) -> Duration:
+    """Seconds as a message."""
+    message = Duration()
+    message.FromMicroseconds(round(seconds * 1e6))
+    return message
+
+
+def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceBook, now_micros: int) -> Settlement:
+    """A settlement; raises Failure (REQUEST_INVALID) for one that can never be posted.
+
+    Its cost is checked against the price that it names. What a provider charged for is owed whatever we think of the sum, so
+    a mismatch is posted as sent and flagged, and `usage` and `verify` show it.
+    """
+    for field in ("attempt_id", "operation_id", "tenant_id", "project_id", "key_id"):
+        value = getattr(message, field)
+        if not value or len(value) > _MAX_ID:
+            raise invalid(field, f"must have 1 to {_MAX_ID} characters")
+    amount = message.cost_nano_usd
+    if not 0 <= amount <= _MAX_AMOUNT or not 0 <= message.saved_nano_usd <= _MAX_AMOUNT:
+        raise invalid("cost_nano_usd", f"must be 0 to {_MAX_AMOUNT}, got {amount}")
+    usage = message.usage
+    flags = ""
+    if message.price_version:
+        price = book.by_version(message.price_version)
+        if price is None:
+            # A price of another version of the file: known to whoever charged, not to us any more.
+            flags = "price_unknown"
+        elif amount != _expected(price, usage):
+            flags = "cost_mismatch"
+    elif amount:
+        flags = "price_unknown"
+    platform = message.payer == metering_service_pb2.PAYER_PLATFORM
+    start, took = message.start_time, message.duration
+    entry = Entry(
+        message.attempt_id,
+        message.operation_id,
+        PLATFORM if platform else key_account(message.key_id),
+        f"provider/{message.provider}",
+        amount,
+        message.tenant_id,
+        message.project_id,
+        message.key_id,
+        message.model,
+        message.provider,
+        usage.input_token_count,
+        usage.cached_input_token_count,
+        usage.cache_write_token_count,
+        usage.output_token_count,
+        usage.reasoning_token_count,
+        usage.image_count,
+        usage.source,
+        message.price_version,
+        start.seconds * 1_000_000 + start.nanos // 1000 or now_micros,
+        took.seconds * 1_000_000 + took.nanos // 1000,
+        message.outcome,
+        message.error_reason,
+        message.task_type,
+        message.saved_nano_usd,
+        message.cache_status,
+        message.attempt_number,
+        flags,
+        now_micros,
+    )
+    return Settlement(entry, message.lease_id, message.hold_id, message.is_final)
+
+
+def _expected(price: Price, usage: answer_pb2.Usage) -> int:
+    return cost_of(
+        price,
+        input_tokens=usage.input_token_count,
+        cached_tokens=usage.cached_input_token_count,
+        cache_write_tokens=usage.cache_write_token_count,
+        output_tokens=usage.output_token_count,
+        reasoning_tokens=usage.reasoning_token_count,
+        images=usage.image_count,
+    )
+
+
+def grant_to_proto(grant: Grant) -> metering_service_pb2.AcquireLeaseResponse:
+    """A grant."""
+    return metering_service_pb2.AcquireLeaseResponse(
+        lease_id=grant.lease_id,
+        expire_time=timestamp(grant.expire_time),
+        granted_request_count=grant.requests,
+        granted_token_count=grant.tokens,
+        granted_concurrency=grant.concurrency,
+        granted_nano_usd=grant.nano_usd,
+        limits=[
+            metering_service_pb2.LimitStatus(
+                level=one.level.value, kind=_KINDS[one.kind], limit=one.limit, remaining=one.remaining
+            )
+            for one in grant.standings
+        ],
+        retry_delay=duration(grant.retry_delay) if grant.retry_delay else None,
+    )
+
+
+def price_to_proto(price: Price) -> price_pb2.Price:
+    """A row of the price book."""
+    return price_pb2.Price(
+        price_version=price.version,
+        model=price.model,
+        input_nano_usd_per_million=price.input,
+        cached_input_nano_usd_per_million=price.cached_input,
+        output_nano_usd_per_million=price.output,
+        reasoning_nano_usd_per_million=price.reasoning,
+        cache_write_nano_usd_per_million=price.cache_write,
+        image_nano_usd=price.image,
+        request_nano_usd=price.request,
+        effective_from_time=timestamp(price.effective_from),
+        effective_to_time=timestamp(price.effective_to),
+        source=price.source,
+    )
+
+
+def limits_from_proto(message: tenancy_service_pb2.Limits) -> Limits:
+    """Limits; raises Failure (REQUEST_INVALID) for one below -1, or a negative budget."""
+
+    def optional(field: str, least: int) -> int | None:
+        if not message.HasField(field):  # type: ignore[arg-type]  # one of the stub's literals
+            return None
+        value: int = getattr(message, field)
+        if not least <= value <= _MAX_AMOUNT:
+            raise invalid(f"limits.{field}", f"must be at least {least}, got {value}")
+        return value
+
+    return Limits(
+        optional("budget_nano_usd", 0),
+        optional("requests_per_minute", -1),
+        optional("tokens_per_minute", -1),
+        optional("concurrency", -1),
+    )
+
+
+def limits_to_proto(limits: Limits) -> tenancy_service_pb2.Limits:
+    """Limits."""
+    return tenancy_service_pb2.Limits(
+        budget_nano_usd=limits.budget_nano_usd,
+        requests_per_minute=limits.requests_per_minute,
+        tokens_per_minute=limits.tokens_per_minute,
+        concurrency=limits.concurrency,
+    )
+
+
+def _balance(balance: Balance) -> tenancy_service_pb2.Balance:
+    return tenancy_service_pb2.Balance(spent_nano_usd=balance.spent_nano_usd, held_nano_usd=balance.held_nano_usd)
+
+
+def tenant_to_proto(tenant: Tenant) -> tenancy_service_pb2.Tenant:
+    """A tenant."""
+    return tenancy_service_pb2.Tenant(
+        id=tenant.id,
+        display_name=tenant.display_name,
+        limits=limits_to_proto(tenant.limits),
+        balance=_balance(tenant.balance),
+        create_time=timestamp(tenant.create_time),
+    )
+
+
+def project_to_proto(project: Project) -> tenancy_service_pb2.Project:
+    """A project."""
+    return tenancy_service_pb2.Project(
+        id=project.id,
+        tenant_id=project.tenant_id,
+        display_name=project.display_name,
+        limits=limits_to_proto(project.limits),
+        balance=_balance(project.balance),
+        create_time=timestamp(project.create_time),
+    )
+
+
+def key_to_proto(key: Key) -> tenancy_service_pb2.Key:
+    """A key, without anything of its secret but the last four characters."""
+    return tenancy_service_pb2.Key(
+        id=key.id,
+        tenant_id=key.tenant_id,
+        project_id=key.project_id,
+        display_name=key.display_name,
+        secret_hint=key.secret_hint,
+        scopes=key.scopes,
+        allowed_models=key.allowed_models,
+        limits=limits_to_proto(key.limits),
+        balance=_balance(key.balance),
+        create_time=timestamp(key.create_time),
+        expire_time=timestamp(key.expire_time),
+        revoke_time=timestamp(key.revoke_time),
+        cache_namespace=key.cache_namespace,
+    )
+
+
+def identity_of(key: Key) -> metering_service_pb2.Identity:
+    """What a key stands for."""
+    return metering_service_pb2.Identity(
+        tenant_id=key.tenant_id,
+        project_id=key.project_id,
+        key_id=key.id,
+        scopes=sorted(key.scopes),
+        allowed_models=key.allowed_models,
+        expire_time=timestamp(key.expire_time),
+        cache_namespace=key.cache_namespace,
+    )
+
+
+def usage_row_to_proto(row: UsageRow) -> usage_service_pb2.UsageRow:
+    """Sums of one group."""
+    return usage_service_pb2.UsageRow(
+        group_values=row.group,
+        request_count=row.requests,
+        cache_hit_count=row.cache_hits,
+        attempt_count=row.attempts,
+        fallback_count=row.fallbacks,
+        usage=answer_pb2.Usage(
+            input_token_count=row.input_tokens,
+            cached_input_token_count=row.cached_tokens,
+            output_token_count=row.output_tokens,
+            reasoning_token_count=row.reasoning_tokens,
+            cache_write_token_count=row.cache_write_tokens,
+            image_count=row.images,
+        ),
+        cost_nano_usd=row.cost,
+        saved_nano_usd=row.saved,
+    )
+
+
+def entry_to_proto(posted: Posted) -> usage_service_pb2.LedgerEntry:
+    """A row of the journal."""
+    entry = posted.entry
+    return usage_service_pb2.LedgerEntry(
+        sequence=posted.sequence,
+        attempt_id=entry.attempt_id,
+        operation_id=entry.operation_id,
+        debit_account=entry.debit,
+        credit_account=entry.credit,
+        amount_nano_usd=entry.amount,
+        key_id=entry.key_id,
+        model=entry.model,
+        usage=answer_pb2.Usage(
+            input_token_count=entry.input_tokens,
+            cached_input_token_count=entry.cached_tokens,
+            output_token_count=entry.output_tokens,
+            reasoning_token_count=entry.reasoning_tokens,
+            source=entry.usage_source,  # type: ignore[arg-type]  # stored as it came
+            cache_write_token_count=entry.cache_write_tokens,
+            image_count=entry.images,
+        ),
+        price_version=entry.price_version,
+        start_time=timestamp(entry.start_micros / 1e6),
+        post_time=timestamp(entry.post_micros / 1e6),
+        outcome=entry.outcome,  # type: ignore[arg-type]  # stored as it came
+        flags=[flag for flag in entry.flags.split(",") if flag],
+    )
+
+
+def page_size(value: int, default: int = 100, most: int = 1000) -> int:
+    """A page size; raises Failure (REQUEST_INVALID) when it is out of bounds."""
+    if not 0 <= value <= most:
+        raise invalid("page_size", f"must be 0 to {most}, got {value}")
+    return value or default
+
+
+def micros_now() -> int:
+    """Microseconds since the epoch."""
+    return time.time_ns() // 1000

@@ -1,0 +1,126 @@
+"""Lookups, and what waits behind the path."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from services.gateway.cache import lookup_to_proto, may_store
+from services.gateway.principals import Principal
+from services.gateway.receipts import Facts
+from services.runtime.errors import Failure
+from sluice.caching.v1 import caching_service_pb2
+from sluice.inference.v1 import inference_service_pb2, receipt_pb2
+from tests.unit.gateway.fakes import PRINCIPAL, World, answer, down, generate
+
+
+def facts_of(*, ticket: bytes = b"t", **fields: object) -> Facts:
+    """Facts after a lookup."""
+    facts = Facts("A" * 26, PRINCIPAL, generate(**fields), "generate", 1, 1)  # type: ignore[arg-type]
+    facts.lookup = caching_service_pb2.LookupResponse(ticket=ticket)
+    return facts
+
+
+def test_the_lookup_has_everything_that_scopes_an_answer() -> None:
+    request = generate(
+        routing=inference_service_pb2.RoutingWishes(model="policy/fast", region="eu", allow_fallback=False),
+        cache=inference_service_pb2.CacheWishes(cache_namespace="mine"),
+        task_type=receipt_pb2.TASK_TYPE_CODE,
+        metadata={"echo.b": "2", "team": "x", "echo.a": "1"},
+    )
+    lookup = lookup_to_proto(PRINCIPAL, request, "v1")
+    assert (lookup.tenant_id, lookup.model, lookup.policy_version) == ("acme", "policy/fast", "v1")
+    assert lookup.task_type == receipt_pb2.TASK_TYPE_CODE
+    assert lookup.wishes.cache_namespace == "mine"
+    assert lookup.routing_scope == "region=eu\nallow_fallback=False\necho.a=1\necho.b=2"
+    assert lookup.conversation == request.conversation
+
+
+def test_auto_and_nothing_are_one_name() -> None:
+    named = lookup_to_proto(PRINCIPAL, generate(routing=inference_service_pb2.RoutingWishes(model="auto")), "v1")
+    assert named.model == lookup_to_proto(PRINCIPAL, generate(), "v1").model == ""
+
+
+def test_the_keys_namespace_serves_when_the_request_names_none() -> None:
+    principal = Principal("acme", "default", "key-1", ("inference",), (), "team", None)
+    assert lookup_to_proto(principal, generate(), "v1").wishes.cache_namespace == "team"
+    request = generate(cache=inference_service_pb2.CacheWishes(cache_namespace="mine"))
+    assert lookup_to_proto(principal, request, "v1").wishes.cache_namespace == "mine"
+    assert request.cache.cache_namespace == "mine"
+
+
+@pytest.mark.parametrize(
+    ("finish", "clamped", "ticket", "expected"),
+    [(1, 0, b"t", True), (3, 0, b"t", True), (2, 0, b"t", True), (2, 45, b"t", False), (4, 0, b"t", False), (5, 0, b"t", False),
+     (6, 0, b"t", False), (1, 0, b"", False)],
+)  # fmt: skip
+def test_only_complete_answers_are_stored(finish: int, clamped: int, ticket: bytes, expected: bool) -> None:
+    facts = facts_of(ticket=ticket)
+    facts.max_output = clamped
+    assert may_store(facts, answer(finish=finish)) is expected
+
+
+async def test_a_full_queue_drops_and_counts() -> None:
+    world = World()
+    for _ in range(12):
+        world.writer.add(facts_of(), answer())
+    assert world.writer.dropped_count == 2
+    await world.writer.flush()
+    assert len(world.caching.asked("Store")) == 10
+    world.writer.add(facts_of(), answer("x" * 200_000))
+    assert world.writer.dropped_count == 3
+
+
+async def test_a_store_that_fails_is_counted_and_not_repeated() -> None:
+    world = World()
+    world.caching.failures["Store"] = down("caching")
+    world.writer.add(facts_of(), answer())
+    await world.writer.flush()
+    assert world.writer.failed_count == 1
+    assert len(world.caching.asked("Store")) == 1
+
+
+async def test_the_ttl_is_passed_on() -> None:
+    world = World()
+    world.writer.add(facts_of(cache=inference_service_pb2.CacheWishes(ttl=Duration(seconds=9))), answer())
+    await world.writer.flush()
+    assert world.caching.asked("Store")[0].ttl.seconds == 9
+
+
+async def test_hits_wait_while_metering_is_down_and_are_posted_then() -> None:
+    world = World()
+    world.metering.failures["PostSettlements"] = down("metering")
+    for _ in range(3):
+        world.hits.add(facts_of())
+    with pytest.raises(Failure):
+        await world.hits.flush()
+    world.metering.failures.clear()
+    await world.hits.flush()
+    assert len(world.metering.asked("PostSettlements")[-1].settlements) == 3
+
+
+async def test_hits_are_bounded() -> None:
+    world = World()
+    world.metering.failures["PostSettlements"] = down("metering")
+    for _ in range(105):
+        world.hits.add(facts_of())
+    with pytest.raises(Failure):
+        await world.hits.flush()
+    assert world.hits.dropped_count == 5
+
+
+async def test_the_workers_work() -> None:
+    world = World()
+    tasks = [asyncio.create_task(world.writer.write_forever()), asyncio.create_task(world.hits.post_forever())]
+    world.writer.add(facts_of(), answer())
+    world.hits.add(facts_of())
+    await asyncio.sleep(0.1)
+    assert world.caching.asked("Store")
+    assert world.metering.asked("PostSettlements")
+    for task in tasks:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
