@@ -15,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from services.gateway.breakers import Breaker
 from services.gateway.principals import Principal
-from services.gateway.receipts import Facts, duration, timestamp
+from services.gateway.receipts import Facts, timestamp
 from services.runtime.call import Metadata
 from services.runtime.errors import Failure
 from sluice.caching.v1 import caching_service_pb2
@@ -71,12 +71,12 @@ def lookup_to_proto(
     principal: Principal, request: inference_service_pb2.GenerateRequest, policy_version: str
 ) -> caching_service_pb2.LookupRequest:
     """The lookup of a request."""
-    lookup = caching_service_pb2.LookupRequest(
-        tenant_id=principal.tenant_id,
-        conversation=request.conversation,
-        policy_version=policy_version,
-        task_type=request.task_type,
-    )
+    # Field by field: the constructor takes half as long again.
+    lookup = caching_service_pb2.LookupRequest()
+    lookup.tenant_id = principal.tenant_id
+    lookup.conversation.CopyFrom(request.conversation)
+    lookup.policy_version = policy_version
+    lookup.task_type = request.task_type
     if request.HasField("cache"):
         lookup.wishes.CopyFrom(request.cache)
     if principal.cache_namespace and not lookup.wishes.cache_namespace:
@@ -252,21 +252,22 @@ def hit_to_proto(facts: Facts) -> metering_service_pb2.Settlement:
     lookup = facts.lookup
     assert lookup is not None, "a hit has a lookup"
     answer = lookup.answer.answer
-    return metering_service_pb2.Settlement(
-        attempt_id=f"{facts.operation_id}/cache",
-        operation_id=facts.operation_id,
-        tenant_id=principal.tenant_id,
-        project_id=principal.project_id,
-        key_id=principal.key_id,
-        is_final=True,
-        model=answer.model,
-        provider="cache",
-        usage=answer.usage,
-        start_time=timestamp(facts.receive_ns),
-        duration=duration(facts.end_ns - facts.start),
-        outcome=receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED,
-        task_type=facts.request.task_type,
-        saved_nano_usd=facts.saved,
-        cache_status=receipt_pb2.CacheStatus.ValueType(facts.cache_status),
-        attempt_number=1,
-    )
+    # Field by field: the constructor takes twice as long, and every hit makes one.
+    settlement = metering_service_pb2.Settlement()
+    settlement.attempt_id = f"{facts.operation_id}/cache"
+    settlement.operation_id = facts.operation_id
+    settlement.tenant_id = principal.tenant_id
+    settlement.project_id = principal.project_id
+    settlement.key_id = principal.key_id
+    settlement.is_final = True
+    settlement.model = answer.model
+    settlement.provider = "cache"
+    settlement.usage.CopyFrom(answer.usage)
+    settlement.start_time.seconds, settlement.start_time.nanos = divmod(facts.receive_ns, 1_000_000_000)
+    settlement.duration.seconds, settlement.duration.nanos = divmod(max(0, facts.end_ns - facts.start), 1_000_000_000)
+    settlement.outcome = receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED
+    settlement.task_type = facts.request.task_type
+    settlement.saved_nano_usd = facts.saved
+    settlement.cache_status = receipt_pb2.CacheStatus.ValueType(facts.cache_status)
+    settlement.attempt_number = 1
+    return settlement

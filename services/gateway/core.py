@@ -11,29 +11,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 import zlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any
 
 from services.gateway import validation
 from services.gateway.breakers import Breaker
 from services.gateway.cache import CacheClient, CacheWriter, HitBook, may_store
+from services.gateway.estimates import byte_bound, estimated_count, estimated_tokens
+from services.gateway.executions import deltas_of, embed_to_proto, fill_request, settled_cost
 from services.gateway.features import signals
 from services.gateway.holds import Prompt, clamp, reckon, worst_cost
 from services.gateway.identities import Identities
 from services.gateway.journal import Journal
 from services.gateway.leases import Leases
 from services.gateway.needs import find_needs
-from services.gateway.operations import OperationIds, Requests, Shared, fingerprint
+from services.gateway.operations import OperationIds, Requests
 from services.gateway.outcomes import Outcomes, Report
 from services.gateway.plans import Plan, PlanKey, Plans, round_up
 from services.gateway.ports import Metering
 from services.gateway.principals import Principal
 from services.gateway.receipts import Completion, Facts, receipt_to_proto
 from services.gateway.refusals import budget_exhausted, context_window_exceeded, cost_limit, no_candidate
+from services.gateway.sharing import Answered, Sharing
 from services.gateway.validation import Shape
 from services.gateway.voids import Voids
 from services.runtime.call import Metadata
@@ -49,22 +51,6 @@ if TYPE_CHECKING:
     from sluice.tokenization.v1.tokenization_service_pb2_grpc import TokenizationServiceAsyncStub
 
 __all__ = ["Completion", "Core", "CoreLimits", "Opened", "Peers", "Principal", "StreamEvent", "Surroundings"]
-
-_IMAGE_TOKENS: Final = 2000
-"""Tokens of one picture in the local estimate: more than any provider's published formula gives for a picture it doesn't shrink."""
-_MESSAGE_TOKENS: Final = 8
-"""Tokens of a turn's frame in the local estimate."""
-_ESTIMATE_BOUND: Final = 3.0
-"""The local estimate is a quarter of the bytes; a tokenizer that works on bytes makes at most one token of each."""
-_UNBILLED: Final = frozenset(
-    (
-        Reason.REQUEST_INVALID, Reason.REQUEST_TOO_LARGE, Reason.FIELD_UNSUPPORTED, Reason.MODEL_NOT_FOUND,
-        Reason.CONTEXT_WINDOW_EXCEEDED, Reason.PERMISSION_DENIED, Reason.NO_CANDIDATE, Reason.PROVIDER_REJECTED,
-        Reason.PROVIDER_AUTHENTICATION, Reason.PROVIDER_RATE_LIMITED, Reason.PROVIDER_OVERLOADED, Reason.BREAKER_OPEN,
-        Reason.OVERLOADED, Reason.DRAINING,
-    )
-)  # fmt: skip
-"""Failures of execution after which nothing can have been charged, even where it doesn't say the cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +68,6 @@ class Opened:
 
 
 StreamEvent = Opened | bytes | execution_service_pb2.DeltaBatch | Completion
-Answered = Completion | inference_service_pb2.EmbedResponse
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +122,7 @@ class Core:
         self._plans = around.plans
         self._cache = around.cache
         self._journal = around.journal
+        self._sharing = Sharing(around.requests)
         self._limits = limits
         self._clock = clock
         self._ids = OperationIds()
@@ -169,20 +155,19 @@ class Core:
         """Answers a conversation. Failure with any reason that the contract of Generate allows."""
         if not request.request_id:
             return await self._generate(principal, request, deadline, forward)
-        shared = self._join(principal, request.request_id, request, "generate")
-        if shared is None:
-            shared = self._begin(
-                principal,
-                request.request_id,
-                request,
-                "generate",
-                lambda _: self._generate(principal, request, deadline, forward),
-            )
-        result = await self._result(shared, deadline)
+        self._check_id(principal, request.request_id)
+        result = await self._sharing.run(
+            principal.tenant_id,
+            request.request_id,
+            request,
+            "generate",
+            lambda: self._generate(principal, request, deadline, forward),
+            deadline,
+        )
         assert isinstance(result, Completion), "the fingerprint tells embeddings from answers"
         return result
 
-    async def stream(
+    def stream(
         self,
         principal: Principal,
         request: inference_service_pb2.GenerateRequest,
@@ -196,12 +181,8 @@ class Core:
         Closing the iterator (`aclose`) cancels the operation, unless others have joined it.
         """
         if not request.request_id:
-            events = self._stream(principal, request, accepted_wire, deadline, forward)
-        else:
-            events = self._shared_stream(principal, request, accepted_wire, deadline, forward)
-        async with contextlib.aclosing(events):
-            async for event in events:
-                yield event
+            return self._stream(principal, request, accepted_wire, deadline, forward)
+        return self._joined_stream(principal, request, accepted_wire, deadline, forward)
 
     async def embed(
         self,
@@ -214,12 +195,15 @@ class Core:
         """Turns texts into vectors."""
         if not request.request_id:
             return await self._embed(principal, request, deadline, forward)
-        shared = self._join(principal, request.request_id, request, "embed")
-        if shared is None:
-            shared = self._begin(
-                principal, request.request_id, request, "embed", lambda _: self._embed(principal, request, deadline, forward)
-            )
-        result = await self._result(shared, deadline)
+        self._check_id(principal, request.request_id)
+        result = await self._sharing.run(
+            principal.tenant_id,
+            request.request_id,
+            request,
+            "embed",
+            lambda: self._embed(principal, request, deadline, forward),
+            deadline,
+        )
         assert isinstance(result, inference_service_pb2.EmbedResponse), "the fingerprint tells embeddings from answers"
         return result
 
@@ -367,6 +351,35 @@ class Core:
             if entered:
                 self._leave(facts)
 
+    async def _joined_stream(
+        self,
+        principal: Principal,
+        request: inference_service_pb2.GenerateRequest,
+        accepted_wire: int,
+        deadline: float,
+        forward: Metadata,
+    ) -> AsyncGenerator[StreamEvent, None]:
+        self._check_id(principal, request.request_id)
+        shared = self._sharing.stream(
+            principal.tenant_id,
+            request.request_id,
+            request,
+            "generate",
+            accepted_wire,
+            lambda: self._stream(principal, request, accepted_wire, deadline, forward),
+            _weigh,
+            deadline,
+        )
+        opened = False
+        async with contextlib.aclosing(shared) as events:
+            async for event in events:
+                if not opened and isinstance(event, Completion):
+                    # The pieces can't be had: the whole answer is given as one.
+                    yield Opened(event.operation_id, event.request_id, event.answer.model, event.created, False)
+                    yield deltas_of(event.answer)
+                opened = True
+                yield event
+
     async def _prepare(self, facts: Facts, deadline: float, forward: Metadata, *, streaming: bool) -> bool:
         """Everything before execution. True: the cache has answered and `facts.answer` is set."""
         principal = facts.principal
@@ -468,7 +481,7 @@ class Core:
             shape.image_count > 0,
             code,
             reasoning,
-            input_bound or round_up(_estimate(shape)),
+            input_bound or round_up(estimated_tokens(shape)),
             conversation.max_output_tokens,
             max_cost,
             latency,
@@ -550,12 +563,11 @@ class Core:
             if left <= 0:
                 raise deadline_exceeded("tokenization")
             budget = self._limits.count
+            request = tokenization_service_pb2.CountRequest()
+            request.models.append(model)
+            request.conversation.CopyFrom(conversation)
             try:
-                response = await self._count_call(
-                    tokenization_service_pb2.CountRequest(models=(model,), conversation=conversation),
-                    timeout=min(left, budget),
-                    metadata=forward,
-                )
+                response = await self._count_call(request, timeout=min(left, budget), metadata=forward)
                 self._count_breaker.succeeded()
                 return response.counts[0], ""
             except Failure as failure:
@@ -563,15 +575,7 @@ class Core:
                 reason = failure.reason.value
         else:
             reason = "it didn't answer lately"
-        return (
-            receipt_pb2.TokenCount(
-                token_count=_estimate(shape),
-                method=receipt_pb2.TOKEN_COUNT_METHOD_ESTIMATED,
-                tokenizer="bytes@1",
-                error_bound=_ESTIMATE_BOUND,
-            ),
-            f"tokenization: estimated, {reason}",
-        )
+        return estimated_count(shape), f"tokenization: estimated, {reason}"
 
     # Money
 
@@ -582,7 +586,7 @@ class Core:
         return Prompt(
             count.token_count,
             count.error_bound,
-            shape.text_bytes() + _frame(shape),
+            byte_bound(shape),
             shape.image_count,
             facts.request.conversation.max_output_tokens,
             self._limits.default_max_output_tokens,
@@ -672,7 +676,7 @@ class Core:
         cost: int | None = 0
         try:
             request = execution_service_pb2.CompleteRequest()
-            self._fill(request, facts)
+            fill_request(request, facts)
             timeout = self._left(deadline, 1e9, "a provider")
             cost = None
             response = await self._complete(request, timeout=timeout, metadata=forward)
@@ -693,7 +697,7 @@ class Core:
             request = execution_service_pb2.StreamCompleteRequest(
                 accepted_wire=execution_service_pb2.WireFormat.ValueType(accepted_wire)
             )
-            self._fill(request, facts)
+            fill_request(request, facts)
             timeout = self._left(deadline, 1e9, "a provider")
             cost = None
             # Channels of the mesh return async generators, whatever the stub's type says.
@@ -720,40 +724,6 @@ class Core:
         if finished is None:
             raise Failure(Reason.INTERNAL, "the answer ended without its end")
         self._take_in(facts, finished)
-
-    def _fill(
-        self,
-        request: execution_service_pb2.CompleteRequest | execution_service_pb2.StreamCompleteRequest,
-        facts: Facts,
-    ) -> None:
-        wanted = facts.request
-        plan, principal, lease = facts.plan, facts.principal, facts.lease
-        assert plan is not None, "planned before"
-        assert lease is not None, "admitted before"
-        assert facts.input_count is not None, "counted before"
-        request.operation_id = facts.operation_id
-        request.conversation.CopyFrom(wanted.conversation)
-        if facts.max_output:
-            request.conversation.max_output_tokens = facts.max_output
-        if facts.candidates is plan.candidates:
-            request.candidates.extend(plan.messages)
-        else:
-            request.candidates.extend([candidate.message for candidate in facts.candidates])
-        billing = request.billing
-        billing.tenant_id = principal.tenant_id
-        billing.project_id = principal.project_id
-        billing.key_id = principal.key_id
-        billing.hold_nano_usd = facts.hold
-        billing.task_type = plan.response.task_type
-        if facts.hold_id:
-            billing.hold_id = facts.hold_id
-        else:
-            billing.lease_id = lease.lease_id
-        if wanted.metadata:
-            request.metadata.MergeFrom(wanted.metadata)
-        if wanted.end_user:
-            request.end_user_hash = end_user_hash(principal, wanted.end_user)
-        request.input_count.CopyFrom(facts.input_count)
 
     def _take_in(
         self, facts: Facts, response: execution_service_pb2.CompleteResponse | execution_service_pb2.CompletionFinished
@@ -830,6 +800,10 @@ class Core:
                 metadata={"needs": scope},
             )
 
+    def _check_id(self, principal: Principal, request_id: str) -> None:
+        validation.check_request_id(request_id)
+        self._require(principal, "inference")
+
     # Embeddings
 
     async def _embed(
@@ -883,12 +857,7 @@ class Core:
         if not plan.candidates:
             raise no_candidate(plan.response, request.model)
         # A byte is at least a token's worth: the bound needs no tokenizer, and the prompt is all that an embedding costs.
-        facts.input_count = receipt_pb2.TokenCount(
-            token_count=_estimate(shape),
-            method=receipt_pb2.TOKEN_COUNT_METHOD_ESTIMATED,
-            tokenizer="bytes@1",
-            error_bound=_ESTIMATE_BOUND,
-        )
+        facts.input_count = estimated_count(shape)
         await self._hold_embedding(facts, shape, deadline)
         response = await self._execute_embed(facts, request, deadline, forward)
         facts.end_ns = time.monotonic_ns()
@@ -908,7 +877,7 @@ class Core:
         worst = 0
         for candidate in facts.candidates:
             if candidate.tariff is not None:
-                worst = max(worst, worst_cost(candidate.tariff, shape.byte_count + _frame(shape), 0, 0))
+                worst = max(worst, worst_cost(candidate.tariff, byte_bound(shape), 0, 0))
         if not worst:
             return
         lease = facts.lease
@@ -924,32 +893,11 @@ class Core:
     async def _execute_embed(
         self, facts: Facts, request: inference_service_pb2.EmbedRequest, deadline: float, forward: Metadata
     ) -> execution_service_pb2.EmbedResponse:
-        plan, principal, lease = facts.plan, facts.principal, facts.lease
-        assert plan is not None, "planned before"
-        assert lease is not None, "admitted before"
-        wanted = execution_service_pb2.EmbedRequest(
-            operation_id=facts.operation_id,
-            candidates=plan.messages,
-            inputs=request.inputs,
-            billing=execution_service_pb2.Billing(
-                tenant_id=principal.tenant_id,
-                project_id=principal.project_id,
-                key_id=principal.key_id,
-                lease_id="" if facts.hold_id else lease.lease_id,
-                hold_id=facts.hold_id,
-                hold_nano_usd=facts.hold,
-                task_type=plan.response.task_type,
-            ),
-            end_user_hash=end_user_hash(principal, request.end_user) if request.end_user else "",
-            metadata=request.metadata,
-        )
-        if request.HasField("dimension_count"):
-            wanted.dimension_count = request.dimension_count
         cost: int | None = 0
         try:
             timeout = self._left(deadline, 1e9, "a provider")
             cost = None
-            response = await self._peers.execution.Embed(wanted, timeout=timeout, metadata=forward)
+            response = await self._peers.execution.Embed(embed_to_proto(facts, request), timeout=timeout, metadata=forward)
             cost = response.cost_nano_usd
         except Failure as failure:
             cost = settled_cost(failure)
@@ -958,132 +906,9 @@ class Core:
             self._release(facts, cost)
         return response
 
-    # Requests with a request id
 
-    def _join(
-        self,
-        principal: Principal,
-        request_id: str,
-        request: inference_service_pb2.GenerateRequest | inference_service_pb2.EmbedRequest,
-        kind: str,
-    ) -> Shared[Answered] | None:
-        """The operation that has this request id already."""
-        validation.check_request_id(request_id)
-        self._require(principal, "inference")
-        return self._around.requests.find(principal.tenant_id, request_id, _body(request, kind))
-
-    def _begin(
-        self,
-        principal: Principal,
-        request_id: str,
-        request: inference_service_pb2.GenerateRequest | inference_service_pb2.EmbedRequest,
-        kind: str,
-        work: Callable[[Shared[Answered]], Coroutine[Any, Any, Answered]],
-    ) -> Shared[Answered]:
-        """Starts an operation in a task of its own, so that it outlives the caller that began it when others have joined."""
-        requests = self._around.requests
-        shared = requests.begin(principal.tenant_id, request_id, _body(request, kind))
-
-        async def run() -> None:
-            size = 0
-            try:
-                result = await work(shared)
-                size = result.answer.ByteSize() if isinstance(result, Completion) else result.ByteSize()
-                shared.finish(result)
-            except asyncio.CancelledError:
-                shared.fail(Failure(Reason.CANCELLED, "the request was cancelled"))
-                raise
-            except BaseException as error:  # noqa: BLE001  # The boundary of the task: whoever waits gets the error.
-                shared.fail(error)
-            finally:
-                requests.end(principal.tenant_id, request_id, shared, size)
-
-        shared.work = asyncio.get_running_loop().create_task(run())
-        return shared
-
-    async def _result(self, shared: Shared[Answered], deadline: float) -> Answered:
-        """Waits for the result of a shared operation. The last one to stop waiting cancels it."""
-        with _waiting(shared):
-            while not shared.is_done():
-                await self._change(shared, deadline)
-        if shared.failure is not None:
-            raise shared.failure
-        assert shared.result is not None, "done without a failure"
-        return shared.result
-
-    async def _change(self, shared: Shared[Answered], deadline: float) -> None:
-        try:
-            async with asyncio.timeout_at(deadline):
-                await shared.change()
-        except TimeoutError:
-            raise deadline_exceeded("the operation of this request id") from None
-
-    async def _shared_stream(
-        self,
-        principal: Principal,
-        request: inference_service_pb2.GenerateRequest,
-        accepted_wire: int,
-        deadline: float,
-        forward: Metadata,
-    ) -> AsyncGenerator[StreamEvent, None]:
-        shared = self._join(principal, request.request_id, request, "generate")
-        if shared is None:
-
-            async def pump(mine: Shared[Answered]) -> Answered:
-                async with contextlib.aclosing(self._stream(principal, request, accepted_wire, deadline, forward)) as events:
-                    async for event in events:
-                        if isinstance(event, Completion):
-                            return event
-                        mine.add(event, _weight(event))
-                        while mine.is_full():
-                            await self._change(mine, deadline)
-                raise Failure(Reason.INTERNAL, "the answer ended without its end")
-
-            shared = self._begin(principal, request.request_id, request, "generate", pump)
-            shared.wire = accepted_wire
-        opened = False
-        with _waiting(shared), shared.read() as reader:
-            # A stream in a format that this caller can't read, or whose begin is gone, is waited for and given whole.
-            while reader.is_whole and shared.wire in (accepted_wire, 0):
-                event = reader.next()
-                if event is not None:
-                    opened = True
-                    yield cast(StreamEvent, event)
-                elif shared.is_done():
-                    break
-                else:
-                    await self._change(shared, deadline)
-            reader.close()
-            while not shared.is_done():
-                await self._change(shared, deadline)
-        if shared.failure is not None:
-            raise shared.failure
-        result = shared.result
-        assert isinstance(result, Completion), "the fingerprint tells embeddings from answers"
-        if not opened:
-            yield Opened(result.operation_id, result.request_id, result.answer.model, result.created, False)
-            yield deltas_of(result.answer)
-        yield result
-
-
-@contextlib.contextmanager
-def _waiting(shared: Shared[Answered]) -> Iterator[None]:
-    """Counts a caller that waits; the last one to leave before the end cancels the operation."""
-    shared.waiters += 1
-    try:
-        yield
-    finally:
-        shared.waiters -= 1
-        if shared.waiters == 0 and not shared.is_done() and shared.work is not None:
-            shared.work.cancel()
-
-
-def _body(request: inference_service_pb2.GenerateRequest | inference_service_pb2.EmbedRequest, kind: str) -> bytes:
-    """The fingerprint of what is asked. How it is asked for, whole or in pieces, is not a part of it."""
-    return fingerprint(kind.encode() + b"\0" + request.SerializeToString(deterministic=True))
-
-
-def _weight(event: StreamEvent) -> int:
+def _weigh(event: StreamEvent) -> int:
+    """Bytes that an event of a stream takes."""
     if isinstance(event, bytes):
         return len(event)
     return event.ByteSize() if isinstance(event, execution_service_pb2.DeltaBatch) else 0
@@ -1091,49 +916,3 @@ def _weight(event: StreamEvent) -> int:
 
 def _model(request: inference_service_pb2.GenerateRequest) -> str:
     return request.routing.model or "auto"
-
-
-def _frame(shape: Shape) -> int:
-    """Tokens in the local bound that come from no text: frames of turns, and pictures."""
-    return shape.message_count * _MESSAGE_TOKENS + shape.image_count * _IMAGE_TOKENS
-
-
-def _estimate(shape: Shape) -> int:
-    """Tokens of a prompt by its size alone."""
-    return -(-shape.text_bytes() // 4) + _frame(shape)
-
-
-def end_user_hash(principal: Principal, end_user: str) -> str:
-    """What a provider is told of the application's user: equal for equal names of a tenant, and nothing more."""
-    return hashlib.sha256(f"{principal.tenant_id}\0{end_user}".encode()).hexdigest()
-
-
-def settled_cost(failure: Failure) -> int | None:
-    """What execution charged before it failed, nano-dollars; None: it doesn't say, and something may have been charged."""
-    said = failure.metadata.get("cost_nano_usd")
-    if said is not None and said.isascii() and said.isdigit():
-        return int(said)
-    if failure.reason in _UNBILLED:
-        return 0
-    return None
-
-
-def deltas_of(answer: answer_pb2.Answer) -> execution_service_pb2.DeltaBatch:
-    """A whole answer as pieces of a stream."""
-    batch = execution_service_pb2.DeltaBatch()
-    calls = 0
-    for part in answer.message.parts:
-        kind = part.WhichOneof("kind")
-        if kind == "text":
-            batch.deltas.add(text=part.text)
-        elif kind == "refusal":
-            batch.deltas.add(refusal=part.refusal)
-        elif kind == "reasoning":
-            batch.deltas.add(reasoning=part.reasoning)
-        elif kind == "tool_call":
-            call = part.tool_call
-            batch.deltas.add(
-                tool_call=answer_pb2.ToolCallDelta(index=calls, id=call.id, name=call.name, arguments_json=call.arguments_json)
-            )
-            calls += 1
-    return batch

@@ -26,6 +26,11 @@ _ENDLESS: Final = 1 << 59
 _OUTAGES: Final = frozenset((Reason.DEPENDENCY_UNAVAILABLE, Reason.DEADLINE_EXCEEDED, Reason.OVERLOADED, Reason.DRAINING))
 _RENEWALS_AT_ONCE: Final = 16
 _REFUSAL_SECONDS: Final = 0.25
+_FAST_SECONDS: Final = 1.0
+"""A slice that was used up faster is followed by a larger one."""
+_SLOW_SECONDS: Final = 10.0
+"""And one that lasted longer by a smaller one."""
+_MAX_FACTOR: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class Lease:
     """The slices of one key at this replica. Fields are read by the hot path; only `Leases` changes them."""
 
     __slots__ = (
-        "budget", "concurrency", "concurrency_limit", "expires", "failed_until", "generation", "held", "in_flight",
+        "budget", "concurrency", "concurrency_limit", "expires", "factor", "failed_until", "generation", "granted", "held", "in_flight",
         "key_id", "largest_hold", "lease_id", "low_money", "low_requests", "low_tokens", "money", "no_concurrency_until",
         "no_money_until", "no_rate_until", "pending", "renews", "request_limit", "requests", "slice_money", "stranded",
         "token_limit", "tokens", "used", "wanted",
@@ -57,6 +62,10 @@ class Lease:
         self.renews = 0.0
         self.requests = 0
         self.tokens = 0
+        self.granted = 0.0
+        """When the last grant came."""
+        self.factor = 1
+        """By how much the next slices of rates are larger than the least."""
         self.concurrency = 0
         self.in_flight = 0
         self.money = 0
@@ -324,7 +333,7 @@ class Leases:
             raise
         lease.pending = None
         lease.failed_until = 0.0
-        self._apply(lease, grant)
+        self._apply(lease, wish, grant)
 
     def _wish(self, lease: Lease, needed_money: int) -> LeaseWish:
         sizes = self._sizes
@@ -339,20 +348,27 @@ class Leases:
         concurrency = sizes.concurrency
         if lease.in_flight >= lease.concurrency:
             concurrency = max(concurrency, 2 * lease.in_flight)
+        request_count = _slice(sizes.request_count, lease.factor, lease.request_limit)
+        token_count = _slice(sizes.token_count, lease.factor, lease.token_limit)
         return LeaseWish(
             sequence=self._sequence,
             key_id=lease.key_id,
             lease_id=lease.lease_id,
-            request_count=max(0, sizes.request_count - left_requests),
-            token_count=max(0, sizes.token_count - lease.tokens) if lease.tokens < _ENDLESS else 0,
+            request_count=max(0, request_count - left_requests),
+            token_count=max(0, token_count - lease.tokens) if lease.tokens < _ENDLESS else 0,
             concurrency=concurrency,
             nano_usd=money,
             left_request_count=left_requests,
             left_token_count=left_tokens,
         )
 
-    def _apply(self, lease: Lease, grant: Grant) -> None:
+    def _apply(self, lease: Lease, wish: LeaseWish, grant: Grant) -> None:
         now = self._clock()
+        if now - lease.granted < _FAST_SECONDS:
+            lease.factor = min(_MAX_FACTOR, lease.factor * 2)
+        elif now - lease.granted > _SLOW_SECONDS and lease.factor > 1:
+            lease.factor //= 2
+        lease.granted = now
         if grant.lease_id != lease.lease_id:
             lease.generation += 1
             lease.money = lease.held = lease.stranded = 0
@@ -379,10 +395,10 @@ class Leases:
             delay = 1.0 if grant.retry_delay is None else max(0.01, grant.retry_delay)
             lease.no_rate_until = now + delay
             lease.low_requests = lease.low_tokens = -_PLENTY
-        elif grant.request_count == 0 or grant.token_count == 0:
+        elif (wish.request_count and grant.request_count == 0) or (wish.token_count and grant.token_count == 0):
             # Nothing more to be had for now: asking at every request from here to empty would help nobody.
             lease.low_requests = lease.low_tokens = -_PLENTY
-        if grant.nano_usd == 0:
+        if wish.nano_usd and grant.nano_usd == 0:
             lease.low_money = -_PLENTY
 
     def _end_slices(self, lease: Lease) -> None:
@@ -449,3 +465,10 @@ def _on_top(left: int, granted: int) -> int:
 
 def _low(amount: int) -> int:
     return -_PLENTY if amount >= _ENDLESS else amount // 4
+
+
+def _slice(least: int, factor: int, limit: LimitState | None) -> int:
+    """What to ask for of a rate: more while it is used up quickly, and never more than an eighth of the limit beyond the least."""
+    if factor == 1 or limit is None:
+        return least * factor
+    return max(least, min(least * factor, limit.limit // 8))

@@ -13,8 +13,8 @@ from services.gateway.identities import Identities
 from services.runtime.errors import Failure
 from sluice.metering.v1 import tenancy_service_pb2
 
-SUBJECT: Final = "sluice.keys.invalidated"
-"""As `KeyInvalidation` in tenancy_service.proto says."""
+SUBJECT: Final = "sluice.keys.*"
+"""Whatever is announced of a key is a `KeyInvalidation`, see tenancy_service.proto."""
 _RETRY_SECONDS: Final = 2.0
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from services.gateway.core import Completion, Opened, deltas_of, settled_cost
+from services.gateway.core import Completion, Opened
 from services.gateway.principals import Principal
 from services.runtime.errors import Failure, Reason
 from sluice.caching.v1 import caching_service_pb2
 from sluice.execution.v1 import execution_service_pb2
-from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
+from sluice.inference.v1 import inference_service_pb2, receipt_pb2
 from sluice.routing.v1 import routing_service_pb2
 from tests.unit.gateway.fakes import PRINCIPAL, World, answer, candidate, down, generate, price
 
@@ -367,13 +367,6 @@ async def test_a_failure_of_unknown_cost_keeps_the_hold_until_the_lease_is_excha
     assert (lease.money, lease.held, lease.stranded) == (1_000_000 - 210_000, 0, 210_000)
 
 
-def test_the_cost_of_a_failure() -> None:
-    said = Failure(Reason.ALL_CANDIDATES_FAILED, "", metadata={"cost_nano_usd": "42"})
-    assert settled_cost(said) == 42
-    assert settled_cost(Failure(Reason.PROVIDER_REJECTED, "")) == 0
-    assert settled_cost(Failure(Reason.DEADLINE_EXCEEDED, "")) is None
-
-
 async def test_a_stream_opens_pieces_and_completes() -> None:
     world = World()
     events = await world.stream()
@@ -693,17 +686,3 @@ async def test_end_users_are_hashed_and_labels_are_passed_on() -> None:
     assert len(request.end_user_hash) == 64
     assert request.metadata == {"echo.delay": "5"}
     assert world.caching.asked("Lookup")[0].routing_scope == "echo.delay=5"
-
-
-def test_an_answer_becomes_deltas() -> None:
-    whole = answer("text")
-    whole.message.parts.add().tool_call.name = "f"
-    whole.message.parts.add().tool_call.name = "g"
-    whole.message.parts.add().refusal = "no"
-    batch = deltas_of(whole)
-    assert [delta.WhichOneof("kind") for delta in batch.deltas] == ["text", "tool_call", "tool_call", "refusal"]
-    assert [delta.tool_call.index for delta in batch.deltas[1:3]] == [0, 1]
-
-
-def test_deltas_of_an_empty_answer() -> None:
-    assert not deltas_of(answer_pb2.Answer()).deltas

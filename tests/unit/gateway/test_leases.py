@@ -232,3 +232,23 @@ async def test_a_revoked_keys_lease_is_returned() -> None:
         world.leases.forget("key-1")
         await eventually(lambda: world.metering.asked("ReturnLease"))
     assert not world.leases.is_alive("key-1")
+
+
+async def test_slices_grow_while_they_are_used_up_quickly_within_an_eighth_of_the_limit() -> None:
+    world = World(request_slice=4)
+    for _ in range(30):
+        world.leases.admit("key-1", 1) or await world.leases.admit_waiting("key-1", 1, 1.0)
+    wanted = [wish.wanted_request_count for wish in world.metering.asked("AcquireLease")]
+    assert wanted[0] == 4
+    # The limit is 120.
+    assert max(wanted) == 15
+
+
+async def test_a_refill_for_one_limit_does_not_stop_refills_for_another() -> None:
+    world = World(request_slice=8)
+    async with working(world):
+        lease = await world.leases.admit_waiting("key-1", 90_000, 1.0)
+        world.leases.admit("key-1", 1)
+        await eventually(lambda: len(world.metering.asked("AcquireLease")) == 2)
+        assert lease.low_requests > 0
+        assert lease.low_tokens > 0

@@ -1,0 +1,1 @@
+"""The engines behind the ports of the caching service."""

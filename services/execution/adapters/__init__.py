@@ -1,0 +1,1 @@
+"""Providers by wire format, and the connections under them."""

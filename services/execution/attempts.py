@@ -1,0 +1,477 @@
+"""The chain of attempts of one operation: in plan order, inside the caller's deadline, each recorded before it is sent.
+
+This is one of the few places with retries (style.md). Candidates change freely before the first token and never after it. A fault
+of the caller ends the chain. A kept connection that turned out closed gets the same candidate a second, recorded, attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from services.execution.errors import AllFailed, AttemptFailed, ConnectionStale
+from services.execution.pricing import cost_of
+from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt, Provider
+from services.execution.spool import Spool
+from services.execution.targets import Target, Targets
+from services.runtime.errors import Failure, Reason, deadline_exceeded
+from sluice.errors.v1 import error_reason_pb2
+from sluice.execution.v1 import execution_service_pb2 as pb2
+from sluice.inference.v1 import answer_pb2, receipt_pb2
+from sluice.metering.v1 import metering_service_pb2
+from sluice.routing.v1 import routing_service_pb2
+
+_MARGIN: Final = 0.02
+"""Seconds of the caller's deadline that are kept for what comes after the provider's answer."""
+_LEAST: Final = 0.01
+_BILLION: Final = 1_000_000_000
+_OVERRUN: Final = 1.1
+"""A stream is cut when it has produced this many times the tokens that its hold covers: providers keep max_tokens, mostly."""
+_REASONS: Final = {reason: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason.value}") for reason in Reason}
+
+Report = Callable[[routing_service_pb2.AttemptReport], None]
+"""Takes what routing wants to know of an attempt that ended."""
+
+
+def _timestamp(nanoseconds: int) -> Timestamp:
+    return Timestamp(seconds=nanoseconds // _BILLION, nanos=nanoseconds % _BILLION)
+
+
+def _duration(nanoseconds: int) -> Duration:
+    return Duration(seconds=nanoseconds // _BILLION, nanos=nanoseconds % _BILLION)
+
+
+class _Attempt:
+    """One attempt under way."""
+
+    __slots__ = ("began", "candidate", "first", "number", "operation", "price", "record", "settled", "target")
+
+    def __init__(self, operation: Operation, number: int, candidate: routing_service_pb2.Candidate, target: Target) -> None:
+        self.operation = operation
+        self.number = number
+        self.candidate = candidate
+        self.target = target
+        self.price = candidate.price if candidate.HasField("price") else None
+        self.began = time.time_ns()
+        self.first = 0
+        self.settled = False
+        billing = operation.billing
+        count = operation.input_count
+        # What is known at the start: enough to settle an attempt of which nothing more is ever heard.
+        self.record = metering_service_pb2.Settlement(
+            attempt_id=f"{operation.id}/{number}",
+            operation_id=operation.id,
+            tenant_id=billing.tenant_id,
+            project_id=billing.project_id,
+            key_id=billing.key_id,
+            lease_id=billing.lease_id,
+            hold_id=billing.hold_id,
+            hold_nano_usd=billing.hold_nano_usd,
+            model=candidate.model,
+            provider=candidate.provider,
+            start_time=_timestamp(self.began),
+            task_type=billing.task_type,
+            attempt_number=number,
+            price_version=self.price.price_version if self.price is not None else "",
+            usage=answer_pb2.Usage(input_token_count=count, source=answer_pb2.USAGE_SOURCE_ESTIMATED) if count else None,
+        )
+
+    def end(
+        self,
+        outcome: receipt_pb2.AttemptOutcome.ValueType,
+        *,
+        usage: answer_pb2.Usage | None,
+        is_final: bool,
+        failure: Failure | None = None,
+    ) -> None:
+        """Settles: into the spool, the operation's receipt, and routing's statistics."""
+        self.settled = True
+        took = time.time_ns() - self.began
+        record = metering_service_pb2.Settlement()
+        record.MergeFrom(self.record)
+        cost = 0
+        if usage is not None:
+            record.usage.CopyFrom(usage)
+            if self.price is not None:
+                cost = cost_of(self.price, usage)
+        else:
+            record.ClearField("usage")
+        if not cost and usage is None:
+            record.price_version = ""
+        reason = _REASONS[failure.reason] if failure is not None else error_reason_pb2.ERROR_REASON_UNSPECIFIED
+        record.cost_nano_usd = cost
+        record.duration.seconds = took // _BILLION
+        record.duration.nanos = took % _BILLION
+        record.outcome = outcome
+        record.error_reason = reason
+        record.is_final = is_final
+        operation = self.operation
+        operation.spool.settle(record)
+        operation.cost += cost
+        if cost and self.price is not None:
+            operation.price_version = self.price.price_version
+        attempt = receipt_pb2.Attempt(
+            attempt_id=record.attempt_id,
+            model=record.model,
+            provider=record.provider,
+            start_time=record.start_time,
+            duration=record.duration,
+            outcome=outcome,
+            error_reason=reason,
+            usage=usage,
+            cost_nano_usd=cost,
+            provider_status=getattr(failure, "status", 0) if failure is not None else 200,
+        )
+        report = routing_service_pb2.AttemptReport(
+            model=record.model, outcome=outcome, error_reason=reason, duration=record.duration, usage=usage
+        )
+        if self.first:
+            first = _duration(self.first - self.began)
+            attempt.first_token_duration.CopyFrom(first)
+            report.first_token_duration.CopyFrom(first)
+        operation.attempts.append(attempt)
+        operation.report(report)
+
+
+class Operation:
+    """One operation: what it is, and what its attempts have done so far."""
+
+    def __init__(
+        self,
+        request: Any,
+        targets: Targets,
+        spool: Spool,
+        report: Report,
+        deadline: float,
+        *,
+        first_byte_seconds: float,
+    ) -> None:
+        """`request` is a CompleteRequest, StreamCompleteRequest or EmbedRequest."""
+        self.id: str = request.operation_id
+        self.billing: pb2.Billing = request.billing
+        self.candidates: Sequence[routing_service_pb2.Candidate] = request.candidates
+        self.spool = spool
+        self.report = report
+        self.attempts: list[receipt_pb2.Attempt] = []
+        self.cost = 0
+        self.price_version = ""
+        self.input_count = 0
+        self._request = request
+        self._targets = targets
+        self._deadline = deadline
+        self._first_byte = first_byte_seconds
+        self._failed: list[tuple[str, Reason]] = []
+        self._retry_delay: float | None = None
+        self._number = 0
+
+    # What one attempt may take.
+
+    def _attempt_deadline(self, candidate: routing_service_pb2.Candidate, is_last: bool) -> float:
+        now = asyncio.get_running_loop().time()
+        ends = min(self._deadline - _MARGIN, now + self._first_byte)
+        if not is_last and candidate.HasField("attempt_timeout"):
+            limit = candidate.attempt_timeout
+            ends = min(ends, now + limit.seconds + limit.nanos / 1e9)
+        if ends - now < _LEAST:
+            raise deadline_exceeded("a provider")
+        return ends
+
+    def _skip(self, candidate: routing_service_pb2.Candidate, reason: Reason, delay: float | None) -> None:
+        """A candidate that isn't called: no attempt in the ledger, one line in the receipt."""
+        self._failed.append((candidate.model, reason))
+        if delay is not None:
+            self._retry_delay = delay if self._retry_delay is None else min(delay, self._retry_delay)
+        self.attempts.append(
+            receipt_pb2.Attempt(
+                attempt_id=f"{self.id}/-",
+                model=candidate.model,
+                provider=candidate.provider,
+                start_time=_timestamp(time.time_ns()),
+                outcome=receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT,
+                error_reason=_REASONS[reason],
+            )
+        )
+
+    def _begin(self, candidate: routing_service_pb2.Candidate) -> tuple[Provider, _Attempt] | None:
+        """The provider and a recorded attempt; None when the candidate can't be called now. Raises SpoolFull."""
+        provider = self._targets.providers.get(candidate.provider)
+        if provider is None:
+            self._skip(candidate, Reason.PROVIDER_UNAVAILABLE, None)
+            return None
+        target = self._targets.target(candidate.provider, provider, candidate.model)
+        if not target.breaker.allow():
+            self._skip(candidate, Reason.BREAKER_OPEN, target.breaker.retry_delay())
+            return None
+        self._number += 1
+        try:
+            attempt = _Attempt(self, self._number, candidate, target)
+            self.spool.start(attempt.record)
+        except BaseException:
+            target.breaker.ignored()
+            raise
+        return provider, attempt
+
+    def _prompt(self, candidate: routing_service_pb2.Candidate, deadline: float, accepted_wire: int) -> Prompt:
+        request = self._request
+        conversation = request.conversation
+        return Prompt(
+            candidate.upstream_model,
+            candidate.model,
+            conversation,
+            conversation.max_output_tokens if conversation.HasField("max_output_tokens") else 0,
+            deadline,
+            request.end_user_hash,
+            request.metadata,
+            accepted_wire,
+        )
+
+    def _failure(self, attempt: _Attempt, failure: AttemptFailed, *, is_last: bool) -> None:
+        """Settles a failed attempt; raises when no other candidate can help."""
+        breaker = attempt.target.breaker
+        if failure.ends_chain:
+            breaker.ignored()
+        else:
+            breaker.failed(failure.retry_delay)
+        self._failed.append((attempt.candidate.model, failure.reason))
+        if failure.retry_delay is not None:
+            known = self._retry_delay
+            self._retry_delay = failure.retry_delay if known is None else min(known, failure.retry_delay)
+        attempt.end(receipt_pb2.ATTEMPT_OUTCOME_FAILED, usage=None, is_final=is_last or failure.ends_chain, failure=failure)
+        if failure.ends_chain:
+            raise failure
+
+    def _cancelled(self, attempt: _Attempt, usage: answer_pb2.Usage | None) -> None:
+        attempt.target.breaker.ignored()
+        gone = Failure(Reason.CANCELLED, "the caller went away")
+        attempt.end(receipt_pb2.ATTEMPT_OUTCOME_CANCELLED, usage=usage, is_final=True, failure=gone)
+
+    def _exhausted(self) -> Failure:
+        now = asyncio.get_running_loop().time()
+        if self._deadline - _MARGIN - now < _LEAST:
+            return deadline_exceeded("a provider")
+        return AllFailed(self._failed, self._retry_delay)
+
+    # Whole answers.
+
+    async def complete(self) -> Completed:
+        """The first answer of the chain. Raises AttemptFailed for a fault of the caller, AllFailed, Failure DEADLINE_EXCEEDED."""
+        self.input_count = self._request.input_count.token_count
+        last = len(self.candidates) - 1
+        for index, candidate in enumerate(self.candidates):
+            is_last = index == last
+            for again in (False, True):
+                begun = self._begin(candidate)
+                if begun is None:
+                    break
+                provider, attempt = begun
+                try:
+                    prompt = self._prompt(candidate, self._attempt_deadline(candidate, is_last), 0)
+                    completed = await provider.complete(prompt)
+                except ConnectionStale as failure:
+                    self._failure(attempt, failure, is_last=is_last and again)
+                    continue
+                except AttemptFailed as failure:
+                    self._failure(attempt, failure, is_last=is_last)
+                    break
+                except asyncio.CancelledError:
+                    self._cancelled(attempt, None)
+                    raise
+                except Failure as failure:
+                    # The deadline passed before the call: nothing was sent.
+                    attempt.target.breaker.ignored()
+                    attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
+                    raise
+                attempt.target.breaker.succeeded()
+                self._account(completed.answer)
+                attempt.end(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage=completed.answer.usage, is_final=True)
+                return completed
+        raise self._exhausted()
+
+    def _account(self, answer: answer_pb2.Answer) -> None:
+        """Fills in usage that the provider did not report."""
+        usage = answer.usage
+        if usage.source == answer_pb2.USAGE_SOURCE_UNSPECIFIED:
+            usage.input_token_count = self.input_count
+            usage.output_token_count = _estimated_output(answer)
+            usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
+
+    # Streams.
+
+    async def stream(self) -> AsyncIterator[Any]:
+        """First CompletionOpened, then bytes or DeltaBatch, last Completed. Raises as `complete`, and after the first piece
+        AttemptFailed PROVIDER_STREAM_BROKEN or the like: never another candidate.
+        """
+        self.input_count = self._request.input_count.token_count
+        last = len(self.candidates) - 1
+        for index, candidate in enumerate(self.candidates):
+            is_last = index == last
+            for again in (False, True):
+                begun = self._begin(candidate)
+                if begun is None:
+                    break
+                provider, attempt = begun
+                accepted = self._request.accepted_wire
+                wire = accepted if accepted and provider.wire == accepted else 0
+                try:
+                    deadline = self._attempt_deadline(candidate, is_last)
+                except Failure as failure:
+                    attempt.target.breaker.ignored()
+                    attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
+                    raise
+                prompt = self._prompt(candidate, self._deadline - _MARGIN, wire)
+                pieces = provider.stream(prompt)
+                try:
+                    try:
+                        async with asyncio.timeout_at(deadline):
+                            piece = await anext(pieces)
+                    except StopAsyncIteration:
+                        raise AttemptFailed(Reason.PROVIDER_MALFORMED, "the provider's stream was empty") from None
+                    except TimeoutError:
+                        raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not begin to answer in time") from None
+                except ConnectionStale as failure:
+                    await _closed(pieces)
+                    self._failure(attempt, failure, is_last=is_last and again)
+                    continue
+                except AttemptFailed as failure:
+                    await _closed(pieces)
+                    self._failure(attempt, failure, is_last=is_last)
+                    break
+                except BaseException:
+                    self._cancelled(attempt, None)
+                    await _closed(pieces)
+                    raise
+                attempt.first = time.time_ns()
+                async for event in self._flow(attempt, pieces, piece, bool(wire), prompt.max_output_tokens):
+                    yield event
+                return
+        raise self._exhausted()
+
+    async def _flow(
+        self, attempt: _Attempt, pieces: AsyncIterator[Any], piece: Any, is_wire: bool, most_tokens: int
+    ) -> AsyncIterator[Any]:
+        """The answer from its first piece on. However it ends, the attempt is settled before this generator is done."""
+        produced = 0
+        limit = int(most_tokens * _OVERRUN) + 16 if most_tokens and self.billing.hold_nano_usd else 0
+        try:
+            yield pb2.CompletionOpened(
+                attempt_id=attempt.record.attempt_id,
+                model=attempt.candidate.model,
+                is_wire=is_wire and not isinstance(piece, pb2.DeltaBatch),
+            )
+            while not isinstance(piece, Completed):
+                produced += piece.count(b"data:") if isinstance(piece, bytes) else len(piece.deltas)
+                yield piece
+                if limit and produced > limit:
+                    piece = self._cut(attempt, produced)
+                    break
+                piece = await anext(pieces)
+            self._account(piece.answer)
+            attempt.target.breaker.succeeded()
+            attempt.end(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage=piece.answer.usage, is_final=True)
+            yield piece
+        except StopAsyncIteration:
+            failure = AttemptFailed(Reason.PROVIDER_STREAM_BROKEN, "the provider's stream ended before its answer did")
+            self._broken(attempt, failure, produced)
+            raise failure from None
+        except AttemptFailed as failure:
+            self._broken(attempt, failure, produced)
+            raise
+        except BaseException:
+            if not attempt.settled:
+                self._cancelled(attempt, self._partial(produced))
+            raise
+        finally:
+            await _closed(pieces)
+
+    def _partial(self, produced: int) -> answer_pb2.Usage:
+        """Usage of an answer that did not end: the prompt as we counted it, and a token for each piece that came."""
+        return answer_pb2.Usage(
+            input_token_count=self.input_count, output_token_count=produced, source=answer_pb2.USAGE_SOURCE_ESTIMATED
+        )
+
+    def _broken(self, attempt: _Attempt, failure: AttemptFailed, produced: int) -> None:
+        attempt.target.breaker.failed(failure.retry_delay)
+        attempt.end(receipt_pb2.ATTEMPT_OUTCOME_BROKEN, usage=self._partial(produced), is_final=True, failure=failure)
+
+    def _cut(self, attempt: _Attempt, produced: int) -> Completed:
+        answer = answer_pb2.Answer(model=attempt.candidate.model, finish_reason=answer_pb2.FINISH_REASON_BUDGET)
+        answer.usage.CopyFrom(self._partial(produced))
+        return Completed(answer)
+
+    # Embeddings.
+
+    async def embed(self) -> tuple[Embedded, str]:
+        """Vectors of the first candidate that answers, and its catalogue id. Raises as `complete`."""
+        request: pb2.EmbedRequest = self._request
+        last = len(self.candidates) - 1
+        for index, candidate in enumerate(self.candidates):
+            is_last = index == last
+            for again in (False, True):
+                begun = self._begin(candidate)
+                if begun is None:
+                    break
+                provider, attempt = begun
+                dimensions = request.dimension_count if request.HasField("dimension_count") else None
+                try:
+                    prompt = EmbeddingPrompt(
+                        candidate.upstream_model,
+                        candidate.model,
+                        request.inputs,
+                        dimensions,
+                        self._attempt_deadline(candidate, is_last),
+                        request.end_user_hash,
+                        request.metadata,
+                    )
+                    embedded = await provider.embed(prompt)
+                except ConnectionStale as failure:
+                    self._failure(attempt, failure, is_last=is_last and again)
+                    continue
+                except AttemptFailed as failure:
+                    self._failure(attempt, failure, is_last=is_last)
+                    break
+                except asyncio.CancelledError:
+                    self._cancelled(attempt, None)
+                    raise
+                except Failure as failure:
+                    attempt.target.breaker.ignored()
+                    attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
+                    raise
+                attempt.target.breaker.succeeded()
+                usage = embedded.usage
+                if usage.source == answer_pb2.USAGE_SOURCE_UNSPECIFIED:
+                    usage.input_token_count = sum(len(text.encode()) // 3 + 1 for text in request.inputs)
+                    usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
+                attempt.end(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage=usage, is_final=True)
+                return embedded, candidate.model
+        raise self._exhausted()
+
+
+async def _closed(pieces: AsyncIterator[Any]) -> None:
+    close = getattr(pieces, "aclose", None)
+    if close is not None:
+        await close()
+
+
+def _estimated_output(answer: answer_pb2.Answer) -> int:
+    """Tokens of an answer whose provider reported none: a token for every three bytes, on the high side."""
+    size = 0
+    for part in answer.message.parts:
+        size += len(part.text) + len(part.refusal) + len(part.reasoning.text) + len(part.tool_call.arguments_json)
+    return size // 3 + 1
+
+
+def lost(record: metering_service_pb2.Settlement) -> metering_service_pb2.Settlement:
+    """The settlement of an attempt that a crash of ours cut off: what it may have cost is booked to the platform."""
+    settled = metering_service_pb2.Settlement()
+    settled.CopyFrom(record)
+    settled.outcome = receipt_pb2.ATTEMPT_OUTCOME_LOST
+    settled.error_reason = error_reason_pb2.ERROR_REASON_INTERNAL
+    settled.payer = metering_service_pb2.PAYER_PLATFORM
+    settled.price_version = ""
+    settled.is_final = True
+    return settled

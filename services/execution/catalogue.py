@@ -1,0 +1,131 @@
+"""Providers as the catalogue file names them: the section `providers`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from services.runtime.config import ConfigError
+
+KINDS: Final = ("openai", "anthropic", "gemini", "local", "echo")
+_ID: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+_DEFAULT_BASES: Final[Mapping[str, str]] = {
+    "openai": "https://api.openai.com/v1",
+    "anthropic": "https://api.anthropic.com",
+    "gemini": "https://generativelanguage.googleapis.com",
+}
+_FIELDS: Final = {
+    "kind",
+    "base_url",
+    "credential",
+    "model",
+    "headers",
+    "probe_path",
+    "region",
+    "regions",
+    "context_window",
+    "parallel",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One provider."""
+
+    id: str
+    kind: str
+    base_url: str = ""
+    credential: str = ""
+    """`env:NAME` or `file:PATH`; empty: none is needed."""
+    model: str = ""
+    """For `local`: which model; `smollm2-135m-instruct`, or the path of a GGUF file."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Sent with every call. Not for credentials: those come from `credential`."""
+    probe_path: str = ""
+    """Path of the free probe; empty: as usual for the kind."""
+    context_window: int = 2048
+    """For `local`: tokens per request."""
+    parallel: int = 4
+    """For `local`: requests at once."""
+
+
+def parse(section: object) -> dict[str, Entry]:
+    """The providers by id. Raises ConfigError with every problem."""
+    if not isinstance(section, Mapping) or not section:
+        raise ConfigError(["providers: must be a mapping with at least one provider"])
+    problems: list[str] = []
+    entries = {}
+    for name, value in section.items():
+        entry = _entry(str(name), value, problems)
+        if entry is not None:
+            entries[entry.id] = entry
+    if problems:
+        raise ConfigError(problems)
+    return entries
+
+
+def _entry(name: str, value: Any, problems: list[str]) -> Entry | None:
+    where = f"providers.{name}"
+    before = len(problems)
+    if not _ID.fullmatch(name):
+        problems.append(f"{where}: the id must match [a-z0-9][a-z0-9_.-]*")
+    if not isinstance(value, Mapping):
+        problems.append(f"{where}: must be a mapping")
+        return None
+    problems += [f"{where}.{key}: unknown" for key in sorted(map(str, set(value) - _FIELDS))]
+    kind = value.get("kind")
+    if kind not in KINDS:
+        problems.append(f"{where}.kind: must be one of {', '.join(KINDS)}, got {kind!r}")
+        return None
+    base = str(value.get("base_url") or _DEFAULT_BASES.get(kind, ""))
+    if base:
+        parts = urlsplit(base)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+            problems.append(f"{where}.base_url: must be an http or https URL without user and query")
+    elif kind in _DEFAULT_BASES:
+        problems.append(f"{where}.base_url: must be set")
+    credential = str(value.get("credential") or "")
+    if credential and credential.partition(":")[0] not in ("env", "file"):
+        problems.append(f"{where}.credential: must be env:NAME or file:PATH; a key itself has no place in the catalogue")
+    headers = value.get("headers") or {}
+    if not isinstance(headers, Mapping) or not all(_header(k, v) for k, v in headers.items()):
+        problems.append(f"{where}.headers: must map header names to texts without line breaks")
+        headers = {}
+    window, parallel = value.get("context_window", 2048), value.get("parallel", 4)
+    if not isinstance(window, int) or not isinstance(parallel, int) or window < 128 or parallel < 1:
+        problems.append(f"{where}: context_window and parallel must be whole numbers of at least 128 and 1")
+    if len(problems) > before:
+        return None
+    return Entry(
+        name,
+        kind,
+        base.rstrip("/"),
+        credential,
+        str(value.get("model") or ""),
+        {str(k): str(v) for k, v in headers.items()},
+        str(value.get("probe_path") or ""),
+        window,
+        parallel,
+    )
+
+
+def _header(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z0-9-]+", name)) and not re.search(r"[\r\n\0]", str(value))
+
+
+def read_credential(source: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The secret behind `env:NAME` or `file:PATH`; empty when it isn't there."""
+    kind, _, place = source.partition(":")
+    if kind == "env":
+        return environ.get(place, "").strip()
+    if kind == "file":
+        try:
+            return Path(place).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return ""
+    return ""

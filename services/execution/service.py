@@ -1,0 +1,211 @@
+"""The servicer of `sluice.execution.v1.ExecutionService`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Final
+
+from services.execution.attempts import Operation
+from services.execution.catalogue import Entry, read_credential
+from services.execution.errors import AttemptFailed
+from services.execution.provider import Completed
+from services.execution.spool import Spool
+from services.execution.targets import Targets
+from services.runtime.call import Call
+from services.runtime.errors import Failure, Reason, invalid
+from sluice.execution.v1 import execution_service_pb2 as pb2
+from sluice.inference.v1 import inference_service_pb2
+from sluice.routing.v1 import routing_service_pb2
+
+MAX_CANDIDATES: Final = 16
+MAX_INPUTS: Final = 2048
+MAX_PAGE: Final = 1000
+DEFAULT_PAGE: Final = 100
+_MOST_REPORTS: Final = 10_000
+_REMEMBERED: Final = 10_000
+
+Health = Callable[[], list[routing_service_pb2.TargetHealth]]
+
+
+class Reports:
+    """Attempts that ended since routing was last told; bounded, statistics may be lost."""
+
+    def __init__(self) -> None:
+        self._attempts: list[routing_service_pb2.AttemptReport] = []
+
+    def add(self, report: routing_service_pb2.AttemptReport) -> None:
+        """One more."""
+        if len(self._attempts) < _MOST_REPORTS:
+            self._attempts.append(report)
+
+    def take(self) -> list[routing_service_pb2.AttemptReport]:
+        """All of them, which are then forgotten."""
+        taken, self._attempts = self._attempts, []
+        return taken
+
+
+class ExecutionServicer:
+    """Translates, makes one call, translates."""
+
+    def __init__(
+        self,
+        targets: Targets,
+        spool: Spool,
+        reports: Reports,
+        health: Health,
+        entries: Callable[[], Mapping[str, Entry]],
+        *,
+        first_byte: float,
+    ) -> None:
+        self._targets = targets
+        self._spool = spool
+        self._reports = reports
+        self._health = health
+        self._entries = entries
+        self._first_byte = first_byte
+        self._running: dict[str, None] = {}
+        self._done: OrderedDict[str, None] = OrderedDict()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self, seconds: float) -> None:
+        """Waits until nothing runs here."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return
+
+    def _begin(self, request: Any, call: Call) -> Operation:
+        """An operation; raises Failure REQUEST_INVALID, or STATE_CONFLICT for an operation that ran here already."""
+        if not request.operation_id or len(request.operation_id) > 128:
+            raise invalid("operation_id", "must have 1 to 128 characters")
+        if not 1 <= len(request.candidates) <= MAX_CANDIDATES:
+            raise invalid("candidates", f"must have 1 to {MAX_CANDIDATES} entries, got {len(request.candidates)}")
+        billing = request.billing
+        if not (billing.tenant_id and billing.project_id and billing.key_id):
+            raise invalid("billing", "must name tenant, project and key")
+        operation = request.operation_id
+        if operation in self._running or operation in self._done:
+            # The same ids would be taken for the same attempts, and the second run would cost nothing.
+            raise Failure(
+                Reason.STATE_CONFLICT,
+                f"operation {operation!r} ran here already; a new run needs an id of its own",
+                metadata={"state": "ran"},
+            )
+        self._running[operation] = None
+        self._idle.clear()
+        return Operation(
+            request, self._targets, self._spool, self._reports.add, call.deadline, first_byte_seconds=self._first_byte
+        )
+
+    def _end(self, operation: str) -> None:
+        del self._running[operation]
+        self._done[operation] = None
+        if len(self._done) > _REMEMBERED:
+            self._done.popitem(last=False)
+        if not self._running:
+            self._idle.set()
+
+    async def Complete(self, request: pb2.CompleteRequest, call: Call) -> pb2.CompleteResponse:
+        """See the proto."""
+        if not request.conversation.messages:
+            raise invalid("conversation", "must have at least one message")
+        operation = self._begin(request, call)
+        try:
+            completed = await operation.complete()
+        except Failure as failure:
+            raise _costed(failure, operation) from None
+        finally:
+            self._end(operation.id)
+        return pb2.CompleteResponse(
+            answer=completed.answer,
+            attempts=operation.attempts,
+            cost_nano_usd=operation.cost,
+            price_version=operation.price_version,
+        )
+
+    async def StreamComplete(self, request: pb2.StreamCompleteRequest, call: Call) -> AsyncIterator[pb2.StreamCompleteResponse]:
+        """See the proto."""
+        if not request.conversation.messages:
+            raise invalid("conversation", "must have at least one message")
+        operation = self._begin(request, call)
+        events = operation.stream()
+        response = pb2.StreamCompleteResponse
+        try:
+            async for event in events:
+                if isinstance(event, bytes):
+                    yield response(wire=event)
+                elif isinstance(event, pb2.DeltaBatch):
+                    yield response(deltas=event)
+                elif isinstance(event, Completed):
+                    yield response(
+                        finished=pb2.CompletionFinished(
+                            answer=event.answer,
+                            attempts=operation.attempts,
+                            cost_nano_usd=operation.cost,
+                            price_version=operation.price_version,
+                        )
+                    )
+                else:
+                    yield response(opened=event)
+        except Failure as failure:
+            raise _costed(failure, operation) from None
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]  # an async generator
+            self._end(operation.id)
+
+    async def Embed(self, request: pb2.EmbedRequest, call: Call) -> pb2.EmbedResponse:
+        """See the proto."""
+        if not 1 <= len(request.inputs) <= MAX_INPUTS:
+            raise invalid("inputs", f"must have 1 to {MAX_INPUTS} entries, got {len(request.inputs)}")
+        operation = self._begin(request, call)
+        try:
+            embedded, model = await operation.embed()
+        except Failure as failure:
+            raise _costed(failure, operation) from None
+        finally:
+            self._end(operation.id)
+        return pb2.EmbedResponse(
+            embeddings=[inference_service_pb2.Embedding(values=vector) for vector in embedded.vectors],
+            usage=embedded.usage,
+            attempts=operation.attempts,
+            cost_nano_usd=operation.cost,
+            price_version=operation.price_version,
+            model=model,
+        )
+
+    async def ListProviders(self, request: pb2.ListProvidersRequest, call: Call) -> pb2.ListProvidersResponse:
+        """See the proto."""
+        if not 0 <= request.page_size <= MAX_PAGE:
+            raise invalid("page_size", f"must be 0 to {MAX_PAGE}, got {request.page_size}")
+        size = request.page_size or DEFAULT_PAGE
+        entries = self._entries()
+        names = [name for name in sorted(entries) if name > request.page_token]
+        health = self._health()
+        providers = []
+        for name in names[:size]:
+            entry, probe = entries[name], self._targets.probes.get(name)
+            provider = pb2.Provider(
+                id=name,
+                kind=entry.kind,
+                base_url=entry.base_url,
+                credential_source=entry.credential,
+                credential_present=not entry.credential or bool(read_credential(entry.credential)),
+                targets=[target for target in health if target.provider == name],
+            )
+            if probe is not None and probe.time:
+                provider.probe_time.FromMicroseconds(round(probe.time * 1e6))
+                provider.probe_duration.FromMicroseconds(round(probe.seconds * 1e6))
+            providers.append(provider)
+        return pb2.ListProvidersResponse(providers=providers, next_page_token=names[size - 1] if len(names) > size else "")
+
+
+def _costed(failure: Failure, operation: Operation) -> Failure:
+    """`failure` with what the operation cost all the same, so that the caller can free the rest of its hold."""
+    metadata = {**failure.metadata, "cost_nano_usd": str(operation.cost)}
+    if isinstance(failure, AttemptFailed) and operation.attempts:
+        metadata.setdefault("model", operation.attempts[-1].model)
+    return Failure(failure.reason, failure.message, metadata=metadata, retry_delay=failure.retry_delay)

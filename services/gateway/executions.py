@@ -1,0 +1,119 @@
+"""What execution is told, and what its answers and failures mean for the hold and for a stream."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+from services.gateway.principals import Principal
+from services.gateway.receipts import Facts
+from services.runtime.errors import Failure, Reason
+from sluice.execution.v1 import execution_service_pb2
+from sluice.inference.v1 import answer_pb2, inference_service_pb2
+
+_UNBILLED: Final = frozenset(
+    (
+        Reason.REQUEST_INVALID, Reason.REQUEST_TOO_LARGE, Reason.FIELD_UNSUPPORTED, Reason.MODEL_NOT_FOUND,
+        Reason.CONTEXT_WINDOW_EXCEEDED, Reason.PERMISSION_DENIED, Reason.NO_CANDIDATE, Reason.PROVIDER_REJECTED,
+        Reason.PROVIDER_AUTHENTICATION, Reason.PROVIDER_RATE_LIMITED, Reason.PROVIDER_OVERLOADED, Reason.BREAKER_OPEN,
+        Reason.OVERLOADED, Reason.DRAINING,
+    )
+)  # fmt: skip
+"""Failures after which nothing can have been charged, even where execution doesn't say the cost."""
+_UNBILLED_ATTEMPTS: Final = frozenset((*(reason.value for reason in _UNBILLED), Reason.PROVIDER_UNAVAILABLE.value))
+"""The same for single attempts: who couldn't be reached or answered with an error of its own charges nothing."""
+
+
+def fill_request(
+    request: execution_service_pb2.CompleteRequest | execution_service_pb2.StreamCompleteRequest, facts: Facts
+) -> None:
+    """Fills a request with what was prepared."""
+    wanted = facts.request
+    plan = facts.plan
+    assert plan is not None, "planned before"
+    assert facts.input_count is not None, "counted before"
+    request.operation_id = facts.operation_id
+    request.conversation.CopyFrom(wanted.conversation)
+    if facts.max_output:
+        request.conversation.max_output_tokens = facts.max_output
+    if facts.candidates is plan.candidates:
+        request.candidates.extend(plan.messages)
+    else:
+        request.candidates.extend([candidate.message for candidate in facts.candidates])
+    fill_billing(request.billing, facts)
+    if wanted.metadata:
+        request.metadata.MergeFrom(wanted.metadata)
+    if wanted.end_user:
+        request.end_user_hash = end_user_hash(facts.principal, wanted.end_user)
+    request.input_count.CopyFrom(facts.input_count)
+
+
+def embed_to_proto(facts: Facts, wanted: inference_service_pb2.EmbedRequest) -> execution_service_pb2.EmbedRequest:
+    """The embedding to run."""
+    request = execution_service_pb2.EmbedRequest(
+        operation_id=facts.operation_id,
+        candidates=[candidate.message for candidate in facts.candidates],
+        inputs=wanted.inputs,
+        end_user_hash=end_user_hash(facts.principal, wanted.end_user) if wanted.end_user else "",
+        metadata=wanted.metadata,
+    )
+    fill_billing(request.billing, facts)
+    if wanted.HasField("dimension_count"):
+        request.dimension_count = wanted.dimension_count
+    return request
+
+
+def fill_billing(billing: execution_service_pb2.Billing, facts: Facts) -> None:
+    """Who pays, and what is reserved."""
+    principal, plan, lease = facts.principal, facts.plan, facts.lease
+    assert plan is not None, "planned before"
+    assert lease is not None, "admitted before"
+    billing.tenant_id = principal.tenant_id
+    billing.project_id = principal.project_id
+    billing.key_id = principal.key_id
+    billing.hold_nano_usd = facts.hold
+    billing.task_type = plan.response.task_type
+    if facts.hold_id:
+        billing.hold_id = facts.hold_id
+    else:
+        billing.lease_id = lease.lease_id
+
+
+def end_user_hash(principal: Principal, end_user: str) -> str:
+    """What a provider is told of the application's user: equal for equal names of a tenant, and nothing more."""
+    return hashlib.sha256(f"{principal.tenant_id}\0{end_user}".encode()).hexdigest()
+
+
+def settled_cost(failure: Failure) -> int | None:
+    """What execution charged before it failed, nano-dollars; None: it doesn't say, and something may have been charged."""
+    said = failure.metadata.get("cost_nano_usd")
+    if said is not None and said.isascii() and said.isdigit():
+        return int(said)
+    if failure.reason in _UNBILLED:
+        return 0
+    if failure.reason is Reason.ALL_CANDIDATES_FAILED:
+        reasons = [value.rpartition(" ")[2] for key, value in failure.metadata.items() if key.startswith("attempt/")]
+        if reasons and all(reason in _UNBILLED_ATTEMPTS for reason in reasons):
+            return 0
+    return None
+
+
+def deltas_of(answer: answer_pb2.Answer) -> execution_service_pb2.DeltaBatch:
+    """A whole answer as pieces of a stream."""
+    batch = execution_service_pb2.DeltaBatch()
+    calls = 0
+    for part in answer.message.parts:
+        kind = part.WhichOneof("kind")
+        if kind == "text":
+            batch.deltas.add(text=part.text)
+        elif kind == "refusal":
+            batch.deltas.add(refusal=part.refusal)
+        elif kind == "reasoning":
+            batch.deltas.add(reasoning=part.reasoning)
+        elif kind == "tool_call":
+            call = part.tool_call
+            batch.deltas.add(
+                tool_call=answer_pb2.ToolCallDelta(index=calls, id=call.id, name=call.name, arguments_json=call.arguments_json)
+            )
+            calls += 1
+    return batch

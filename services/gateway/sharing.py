@@ -1,0 +1,151 @@
+"""Requests with a request id: several callers, one operation, one charge.
+
+The operation runs in a task of its own, so that it outlives the caller that began it when others have joined; the last caller to leave
+cancels it. Streams are joined from their first piece, or given whole at their end where that can't be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from services.gateway.operations import Requests, Shared, fingerprint
+from services.gateway.receipts import Completion
+from services.runtime.errors import Failure, Reason, deadline_exceeded
+from sluice.inference.v1 import inference_service_pb2
+
+Answered = Completion | inference_service_pb2.EmbedResponse
+Weigh = Callable[[Any], int]
+_ENDLESS: Final = "the answer ended without its end"
+
+
+class Sharing:
+    """The operations that callers share, by tenant and request id."""
+
+    def __init__(self, requests: Requests[Answered]) -> None:
+        self._requests = requests
+
+    async def run(
+        self,
+        tenant_id: str,
+        request_id: str,
+        body: Message,
+        kind: str,
+        work: Callable[[], Coroutine[Any, Any, Answered]],
+        deadline: float,
+    ) -> Answered:
+        """What the operation of this request id results in; `work` is run when there is none yet.
+
+        Failure REQUEST_ID_REUSED when the id was used with another body, DEADLINE_EXCEEDED, or the operation's own.
+        """
+        shared, _ = self._find_or_begin(tenant_id, request_id, body, kind, lambda _: work())
+        with _waiting(shared):
+            while not shared.is_done():
+                await _change(shared, deadline)
+        return _result(shared)
+
+    async def stream(
+        self,
+        tenant_id: str,
+        request_id: str,
+        body: Message,
+        kind: str,
+        wire: int,
+        work: Callable[[], AsyncGenerator[Any, None]],
+        weigh: Weigh,
+        deadline: float,
+    ) -> AsyncGenerator[Any, None]:
+        """The pieces of the operation's stream and last its Completion; the Completion alone when the pieces can't be had in the
+        format `wire` from the first one on. Failures as in `run`.
+        """
+
+        async def pump(shared: Shared[Answered]) -> Answered:
+            async with contextlib.aclosing(work()) as events:
+                async for event in events:
+                    if isinstance(event, Completion):
+                        return event
+                    shared.add(event, weigh(event))
+                    while shared.is_full():
+                        await _change(shared, deadline)
+            raise Failure(Reason.INTERNAL, _ENDLESS)
+
+        shared, is_new = self._find_or_begin(tenant_id, request_id, body, kind, pump)
+        if is_new:
+            shared.wire = wire
+        with _waiting(shared), shared.read() as reader:
+            while reader.is_whole and shared.wire in (wire, 0):
+                event = reader.next()
+                if event is not None:
+                    yield event
+                elif shared.is_done():
+                    break
+                else:
+                    await _change(shared, deadline)
+            reader.close()
+            while not shared.is_done():
+                await _change(shared, deadline)
+        yield _result(shared)
+
+    def _find_or_begin(
+        self,
+        tenant_id: str,
+        request_id: str,
+        body: Message,
+        kind: str,
+        work: Callable[[Shared[Answered]], Coroutine[Any, Any, Answered]],
+    ) -> tuple[Shared[Answered], bool]:
+        # How an answer is asked for, whole or in pieces, is not a part of what is asked.
+        mark = fingerprint(kind.encode() + b"\0" + body.SerializeToString(deterministic=True))
+        requests = self._requests
+        known = requests.find(tenant_id, request_id, mark)
+        if known is not None:
+            return known, False
+        shared = requests.begin(tenant_id, request_id, mark)
+
+        async def run() -> None:
+            size = 0
+            try:
+                result = await work(shared)
+                size = result.answer.ByteSize() if isinstance(result, Completion) else result.ByteSize()
+                shared.finish(result)
+            except asyncio.CancelledError:
+                shared.fail(Failure(Reason.CANCELLED, "the request was cancelled"))
+                raise
+            except BaseException as error:  # noqa: BLE001  # The boundary of the task: whoever waits gets the error.
+                shared.fail(error)
+            finally:
+                requests.end(tenant_id, request_id, shared, size)
+
+        shared.work = asyncio.get_running_loop().create_task(run())
+        return shared, True
+
+
+@contextlib.contextmanager
+def _waiting(shared: Shared[Answered]) -> Iterator[None]:
+    """Counts a caller that waits; the last one to leave before the end cancels the operation."""
+    shared.waiters += 1
+    try:
+        yield
+    finally:
+        shared.waiters -= 1
+        if shared.waiters == 0 and not shared.is_done() and shared.work is not None:
+            shared.work.cancel()
+
+
+async def _change(shared: Shared[Answered], deadline: float) -> None:
+    try:
+        async with asyncio.timeout_at(deadline):
+            await shared.change()
+    except TimeoutError:
+        raise deadline_exceeded("the operation of this request id") from None
+
+
+def _result(shared: Shared[Answered]) -> Answered:
+    if shared.failure is not None:
+        raise shared.failure
+    assert shared.result is not None, "done without a failure"
+    return shared.result

