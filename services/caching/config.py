@@ -76,7 +76,12 @@ class Semantic:
     )
     candidates: int = setting(5, "Nearest entries that are compared", minimum=1, maximum=50)
     threads: int = setting(1, "Threads of the embedding model", minimum=1, maximum=16)
-    batch: int = setting(16, "Questions that are embedded together", minimum=1, maximum=256)
+    batch: int = setting(
+        4,
+        "Questions that are embedded together; on one core more of them wait longer and are no faster",
+        minimum=1,
+        maximum=256,
+    )
     queue_entries: int = setting(256, "Questions that may wait to be embedded; more are refused", minimum=1, maximum=10_000)
     pending_tickets: int = setting(
         10_000, "Questions kept between a lookup and its store; the oldest are forgotten first", minimum=1, maximum=1_000_000

@@ -69,7 +69,10 @@ class ExactTier(Generic[Value]):
         if key in self._entries:
             self._remove(key)
         self._entries[key] = _Entry(value, expire, weight, owner)
-        group = self._groups.setdefault(owner[0], {}).setdefault(owner[1], _Group())
+        try:
+            group = self._groups[owner[0]][owner[1]]
+        except KeyError:
+            group = self._groups.setdefault(owner[0], {})[owner[1]] = _Group()
         group.keys.add(key)
         group.weight += weight
         self.weight += weight

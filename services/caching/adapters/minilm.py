@@ -138,9 +138,10 @@ class BatchingEmbedder:
 
     def _next(self) -> list[tuple[str, asyncio.Future[Vector | None]]]:
         batch: list[tuple[str, asyncio.Future[Vector | None]]] = []
-        # Answers' own embeddings wait until nobody waits for a lookup: mixing them would make the lookup's batch slower.
+        # Stored answers wait until no lookup does, and go one by one, so that a lookup that comes now waits for one at most.
         queue = self._urgent or self._patient
-        while queue and len(batch) < self._batch:
+        most = self._batch if queue is self._urgent else 1
+        while queue and len(batch) < most:
             item = queue.popleft()
             if not item[1].done():
                 batch.append(item)

@@ -159,12 +159,13 @@ async def test_a_loose_wish_doesnt_loosen_and_the_namespaces_threshold_counts(tm
 async def test_the_guard_refuses_and_says_why(tmp_path: Path) -> None:
     async with running(MEANING, tmp_path) as cache:
         question = "How many grams are in 10 ounces of flour?"
-        missed = await cache.Lookup(lookup(question, mode=SEMANTIC), CALL)
+        missed = await cache.Lookup(lookup(question, namespace="loose"), CALL)
         await cache.Store(storing(missed.ticket), CALL)
-        await until_hit(cache, lookup(question.replace("How many", "how many"), mode=SEMANTIC))
-        refused = await cache.Lookup(lookup(question.replace("10", "100"), mode=SEMANTIC), CALL)
+        same = await until_hit(cache, lookup(question.replace("How many", "how many"), namespace="loose"))
+        assert same.verdict.status == receipt_pb2.CACHE_STATUS_HIT_SEMANTIC
+        refused = await cache.Lookup(lookup(question.replace("10", "100"), namespace="loose"), CALL)
         assert refused.verdict.status == receipt_pb2.CACHE_STATUS_MISS
-        assert refused.verdict.score > 0.92
+        assert refused.verdict.score > 0.8
         assert "numbers differ" in refused.verdict.reason
 
 

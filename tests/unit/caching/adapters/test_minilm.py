@@ -39,12 +39,12 @@ def test_the_demo_pair_is_near_and_another_country_is_not(model: MiniLm) -> None
     assert question @ other < 0.8
 
 
-def test_neighbours_in_a_batch_hardly_change_a_vector(model: MiniLm) -> None:
+def test_neighbours_in_a_batch_dont_change_a_vector(model: MiniLm) -> None:
     (alone,) = model.embed([QUESTION])
     together = model.embed([QUESTION, "Please explain in a few words how a heat pump works in winter. " * 10])[0]
     assert alone is not None
     assert together is not None
-    assert alone @ together > 0.99
+    assert alone @ together > 0.99999
 
 
 def test_what_the_model_cannot_read_whole_has_no_vector(model: MiniLm) -> None:
@@ -67,7 +67,7 @@ async def test_texts_that_wait_together_get_each_its_own_vector(embedder: Batchi
         (alone,) = model.embed([text])
         assert vector is not None
         assert alone is not None
-        assert vector @ alone > 0.99
+        assert vector @ alone > 0.99999
 
 
 async def test_a_full_queue_refuses_at_once(embedder: BatchingEmbedder) -> None:
