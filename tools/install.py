@@ -23,7 +23,7 @@ main()
 
 def main() -> int:
     """Entry point."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  # whoever starts this with an older one gets told so
         print("Sluice needs Python 3.11 or newer; apt-get install python3.11 python3.11-venv", file=sys.stderr)
         return 1
     python = VENV / "bin" / "python"
@@ -38,7 +38,11 @@ def main() -> int:
     if unexpected:
         print("pip check complains of what nobody has accepted:", *unexpected, sep="\n  ", file=sys.stderr)
         return 1
-    site = Path(subprocess.run([str(python), "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True).stdout.strip())
+    site = Path(
+        subprocess.run(
+            [str(python), "-c", "import site; print(site.getsitepackages()[0])"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
     (site / "sluice-checkout.pth").write_text(f"{ROOT}\n{ROOT / 'gen'}\n")
     command = VENV / "bin" / "sluice"
     command.write_text(COMMAND.format(python=python))

@@ -36,7 +36,9 @@ def compile_lock(requirements: list[str], target: Path) -> None:
             subprocess.run(download, check=True)
         for wheel in sorted((Path(scratch) / "apart").iterdir()) if apart else ():
             name, version = wheel.name.split("-")[:2]
-            digest = subprocess.run([sys.executable, "-m", "pip", "hash", str(wheel)], capture_output=True, text=True, check=True)
+            digest = subprocess.run(
+                [sys.executable, "-m", "pip", "hash", str(wheel)], capture_output=True, text=True, check=True
+            )
             text += f"{name.replace('_', '-')}=={version} \\\n    {digest.stdout.splitlines()[1].strip()}\n"
     target.write_text(HEADER + text)
 

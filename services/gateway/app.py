@@ -92,7 +92,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         await routing_stub.ListModels(routing_service_pb2.ListModelsRequest(page_size=1), timeout=budgets.plan)
 
     async with contextlib.AsyncExitStack() as stack:
-        edge = await stack.enter_async_context(serve(core, config.edge, process))
+        edge = await stack.enter_async_context(serve(core, config.edge, process, ping_routing))
 
         async def drain() -> None:
             await edge.drain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections import OrderedDict
@@ -88,14 +89,33 @@ class Leasing:
         self._rates = Rates()
         self._concurrency = Concurrency()
         self._answers: OrderedDict[tuple[str, str], tuple[int, Grant]] = OrderedDict()
+        self._asking: dict[tuple[str, str], tuple[asyncio.Lock, int]] = {}
+        """Locks by who asks, with how many hold or await them."""
         self._replicas: dict[str, float] = {}
 
     async def acquire(self, wish: Wish) -> Grant:
         """Grants what can be had. A repeated wish (same replica, key and sequence) gets the grant it got. Raises KeyUnknown."""
         asked = (wish.replica_id, wish.key_id)
-        known = self._answers.get(asked)
-        if known is not None and known[0] == wish.sequence:
-            return known[1]
+        # A repetition may come while the first is still being granted: it waits, so that money is deducted once.
+        lock, count = self._asking.get(asked) or (asyncio.Lock(), 0)
+        self._asking[asked] = (lock, count + 1)
+        try:
+            async with lock:
+                known = self._answers.get(asked)
+                if known is not None and known[0] == wish.sequence:
+                    return known[1]
+                grant = await self._grant(wish)
+                self._answers[asked] = (wish.sequence, grant)
+                self._answers.move_to_end(asked)
+                if len(self._answers) > _MOST_ANSWERS:
+                    self._answers.popitem(last=False)
+                return grant
+        finally:
+            lock, count = self._asking.pop(asked)
+            if count > 1:
+                self._asking[asked] = (lock, count - 1)
+
+    async def _grant(self, wish: Wish) -> Grant:
         now = self._clock()
         chain = await self._store.chain_by_key(wish.key_id)
         if chain is None or not chain.key.is_active(now):
@@ -109,7 +129,7 @@ class Leasing:
         requests, wait = self._rates.take(self._limits(chain, "requests"), max(0, wish.requests), now)
         tokens, token_wait = self._rates.take(self._limits(chain, "tokens"), max(0, wish.tokens), now)
         share = self._concurrency.share(lease_id, self._limits(chain, "concurrency"), max(1, wish.concurrency), expires, now)
-        grant = Grant(
+        return Grant(
             lease_id,
             expires,
             requests,
@@ -119,11 +139,6 @@ class Leasing:
             tuple(self._standings(chain, money, now)),
             max(wait, token_wait),
         )
-        self._answers[asked] = (wish.sequence, grant)
-        self._answers.move_to_end(asked)
-        if len(self._answers) > _MOST_ANSWERS:
-            self._answers.popitem(last=False)
-        return grant
 
     async def _money(self, chain: Chain, wish: Wish, lease_id: str, expires: float) -> Slice:
         payer = Payer(chain.tenant.id, chain.project.id, chain.key.id)

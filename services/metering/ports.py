@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,10 @@ class Chain:
     key: Key
     project: Project
     tenant: Tenant
+
+
+Change = Callable[[Limits], Limits]
+"""New limits made of those in force. Called inside the store's transaction, so that two changes at once both count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class UsageRow:
     images: int
     cost: int
     saved: int
+    usage_source: int
+    """Of all rows that have tokens: 0 when one doesn't know it, else the least certain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +85,19 @@ class Store(Protocol):
     async def tenants(self, after: str, limit: int) -> list[Tenant]:
         """Tenants by id, those after `after`."""
 
-    async def update_tenant(self, tenant_id: str, display_name: str | None, limits: Limits) -> Tenant:
-        """Replaces limits, and the name unless None. Raises NotFound."""
+    async def update_tenant(self, tenant_id: str, display_name: str | None, change: Change) -> Tenant:
+        """Changes limits, and the name unless None. Raises NotFound."""
 
     async def create_project(self, project: Project, request_id: str) -> Project:
         """Inserts a project. Raises NotFound for its tenant, Exists unless the same `request_id` made it."""
 
+    async def project(self, tenant_id: str, project_id: str) -> Project | None:
+        """A project."""
+
     async def projects(self, tenant_id: str, after: str, limit: int) -> list[Project]:
         """Projects of a tenant by id."""
 
-    async def update_project(self, tenant_id: str, project_id: str, display_name: str | None, limits: Limits) -> Project:
+    async def update_project(self, tenant_id: str, project_id: str, display_name: str | None, change: Change) -> Project:
         """As update_tenant."""
 
     async def create_key(self, key: Key) -> Key:
@@ -101,13 +110,17 @@ class Store(Protocol):
         """Ends a key; a second time changes nothing. Raises NotFound."""
 
     async def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float) -> Hold:
-        """Reserves at all three accounts or at none. Idempotent per operation. Raises BudgetExhausted."""
+        """Reserves at all three accounts or at none. Idempotent per operation. Raises BudgetExhausted, and Exists when another
+        payer has a hold for the operation.
+        """
 
     async def void_hold(self, hold_id: str) -> HoldState:
         """Frees an open hold; returns the state that it has then. Raises NotFound."""
 
     async def grant_slice(self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float) -> Slice:
-        """Deducts up to `wanted` for a lease, and extends it, as long as every budget keeps `reserve` besides; else grants 0."""
+        """Deducts `wanted` for a lease as long as every budget keeps `reserve` besides, else grants 0. Extends the lease in any
+        case. Raises NotFound when the lease is another payer's.
+        """
 
     async def return_lease(self, lease_id: str, held: int, expire_time: float) -> None:
         """Frees what a lease has left but `held`, which stays until `expire_time`. Unknown leases are ignored."""
@@ -121,8 +134,8 @@ class Store(Protocol):
     async def usage(self, wanted: UsageFilter, group_by: Sequence[str], after: int, limit: int) -> list[UsageRow]:
         """Sums per group, from the row number `after` on. `group_by` of: tenant, project, key, model, task_type, hour, day."""
 
-    async def entries(self, tenant_id: str, operation_id: str, after: int, limit: int) -> list[Posted]:
-        """Journal rows in order of sequence, those after `after`. Empty filters: all."""
+    async def entries(self, tenant_id: str, operation_id: str, before: int | None, limit: int) -> list[Posted]:
+        """Journal rows, newest first, those with a sequence below `before`. Empty filters and None: all."""
 
     async def verify(self) -> Verdict:
         """Checks the whole ledger: the hash chain, and that balances are what the journal and reservations say."""

@@ -22,6 +22,8 @@ from services.metering.cost import Price
 from services.runtime.config import ConfigError
 
 _NANO: Final = 1_000_000_000
+_MOST: Final = 1 << 60
+"""Nano-dollars per million tokens; a price must fit an int64."""
 _FIELDS: Final = ("input", "output", "cached_input", "reasoning", "cache_write", "image", "request")
 _REQUIRED: Final = ("input", "output")
 
@@ -63,7 +65,10 @@ class PriceBook:
         if not rows:
             return None
         index = bisect.bisect_right([row.effective_from for row in rows], time) - 1
-        return rows[index] if index >= 0 else None
+        if index < 0:
+            return None
+        ends = rows[index].effective_to
+        return rows[index] if ends is None or time < ends else None
 
     def by_version(self, version: str) -> Price | None:
         """The row with this version."""
@@ -113,7 +118,7 @@ def models_of(catalogue: Mapping[str, Any]) -> Iterator[Model]:
     for name, entry in models.items() if isinstance(models, Mapping) else ():
         if not isinstance(entry, Mapping):
             continue
-        provider = providers.get(entry.get("provider")) if isinstance(providers, Mapping) else None
+        provider = providers.get(str(entry.get("provider"))) if isinstance(providers, Mapping) else None
         kind = str(provider.get("kind", "")) if isinstance(provider, Mapping) else ""
         yield Model(str(name), kind, str(entry.get("upstream_model") or str(name).rpartition("/")[2]), entry.get("price"))
 
@@ -161,11 +166,11 @@ def _amount(value: object, where: str, problems: list[str]) -> int | None:
     try:
         # Through text, so that a YAML float such as 0.1 means what was written.
         nano = Decimal(str(value)) * _NANO
-        if nano >= 0 and nano == nano.to_integral_value():
+        if nano.is_finite() and 0 <= nano <= _MOST and nano == nano.to_integral_value():
             return int(nano)
     except InvalidOperation:
         pass
-    problems.append(f"{where}: {value!r} is not an amount of dollars with at most 9 decimals")
+    problems.append(f"{where}: {value!r} is not an amount of dollars with at most 9 decimals, up to a billion")
     return None
 
 

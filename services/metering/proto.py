@@ -36,7 +36,23 @@ _KINDS: Final = MappingProxyType(
     }
 )
 _MAX_AMOUNT: Final = 1 << 60
+_MAX_COUNT: Final = 1 << 40
+"""Of tokens and pictures of one attempt. Far above any, and low enough that sums over all of them fit an int64."""
 _MAX_ID: Final = 256
+_MIN_SECONDS: Final = -62_135_596_800
+_MAX_SECONDS: Final = 253_402_300_799
+"""Bounds of google.protobuf.Timestamp: the years 1 to 9999."""
+_MAX_DURATION: Final = 315_576_000_000
+"""Bound of google.protobuf.Duration, s."""
+_NANOS: Final = 1_000_000_000
+_COUNTS: Final = (
+    "input_token_count",
+    "cached_input_token_count",
+    "cache_write_token_count",
+    "output_token_count",
+    "reasoning_token_count",
+    "image_count",
+)
 
 
 def timestamp(seconds: float | None) -> Timestamp | None:
@@ -55,6 +71,20 @@ def duration(seconds: float) -> Duration:
     return message
 
 
+def micros_of(message: Timestamp, field: str) -> int:
+    """Microseconds since the epoch; raises Failure (REQUEST_INVALID) outside of the years 1 to 9999."""
+    if not _MIN_SECONDS <= message.seconds <= _MAX_SECONDS or not 0 <= message.nanos < _NANOS:
+        raise invalid(field, "must be a moment in the years 1 to 9999")
+    return message.seconds * 1_000_000 + message.nanos // 1000
+
+
+def required(value: str, field: str) -> str:
+    """An id; raises Failure (REQUEST_INVALID) when it is missing or too long."""
+    if not value or len(value) > _MAX_ID:
+        raise invalid(field, f"must have 1 to {_MAX_ID} characters")
+    return value
+
+
 def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceBook, now_micros: int) -> Settlement:
     """A settlement; raises Failure (REQUEST_INVALID) for one that can never be posted.
 
@@ -62,13 +92,19 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
     a mismatch is posted as sent and flagged, and `usage` and `verify` show it.
     """
     for field in ("attempt_id", "operation_id", "tenant_id", "project_id", "key_id"):
-        value = getattr(message, field)
-        if not value or len(value) > _MAX_ID:
-            raise invalid(field, f"must have 1 to {_MAX_ID} characters")
+        required(getattr(message, field), field)
     amount = message.cost_nano_usd
-    if not 0 <= amount <= _MAX_AMOUNT or not 0 <= message.saved_nano_usd <= _MAX_AMOUNT:
+    if not 0 <= amount <= _MAX_AMOUNT:
         raise invalid("cost_nano_usd", f"must be 0 to {_MAX_AMOUNT}, got {amount}")
+    if not 0 <= message.saved_nano_usd <= _MAX_AMOUNT:
+        raise invalid("saved_nano_usd", f"must be 0 to {_MAX_AMOUNT}, got {message.saved_nano_usd}")
     usage = message.usage
+    for field in _COUNTS:
+        if not 0 <= getattr(usage, field) <= _MAX_COUNT:
+            raise invalid(f"usage.{field}", f"must be 0 to {_MAX_COUNT}, got {getattr(usage, field)}")
+    took = message.duration
+    if not 0 <= took.seconds <= _MAX_DURATION or not 0 <= took.nanos < _NANOS:
+        raise invalid("duration", f"must be 0 to {_MAX_DURATION} seconds")
     flags = ""
     if message.price_version:
         price = book.by_version(message.price_version)
@@ -80,7 +116,6 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
     elif amount:
         flags = "price_unknown"
     platform = message.payer == metering_service_pb2.PAYER_PLATFORM
-    start, took = message.start_time, message.duration
     entry = Entry(
         message.attempt_id,
         message.operation_id,
@@ -100,7 +135,7 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
         usage.image_count,
         usage.source,
         message.price_version,
-        start.seconds * 1_000_000 + start.nanos // 1000 or now_micros,
+        micros_of(message.start_time, "start_time") or now_micros,
         took.seconds * 1_000_000 + took.nanos // 1000,
         message.outcome,
         message.error_reason,
@@ -266,6 +301,7 @@ def usage_row_to_proto(row: UsageRow) -> usage_service_pb2.UsageRow:
             reasoning_token_count=row.reasoning_tokens,
             cache_write_token_count=row.cache_write_tokens,
             image_count=row.images,
+            source=row.usage_source,  # type: ignore[arg-type]  # stored as it came
         ),
         cost_nano_usd=row.cost,
         saved_nano_usd=row.saved,

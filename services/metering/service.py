@@ -5,15 +5,22 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from services.metering.accounts import Payer
 from services.metering.errors import KeyUnknown
 from services.metering.leasing import Leasing, Wish
 from services.metering.ledger import PostState, Settlement
 from services.metering.ports import Store
 from services.metering.pricebook import PriceBook
-from services.metering.proto import HOLD_STATES, duration, grant_to_proto, identity_of, micros_now, settlement_from_proto
+from services.metering.proto import (
+    HOLD_STATES,
+    duration,
+    grant_to_proto,
+    identity_of,
+    micros_now,
+    micros_of,
+    required,
+    settlement_from_proto,
+)
 from services.runtime.call import Call
 from services.runtime.errors import Failure, invalid
 from services.runtime.metrics import Registry
@@ -63,8 +70,8 @@ class MeteringServicer:
 
     async def AcquireLease(self, request: pb2.AcquireLeaseRequest, call: Call) -> pb2.AcquireLeaseResponse:
         """See the proto."""
-        _require(request.replica_id, "replica_id")
-        _require(request.key_id, "key_id")
+        required(request.replica_id, "replica_id")
+        required(request.key_id, "key_id")
         wish = Wish(
             request.replica_id,
             request.sequence,
@@ -79,18 +86,21 @@ class MeteringServicer:
 
     async def ReturnLease(self, request: pb2.ReturnLeaseRequest, call: Call) -> pb2.ReturnLeaseResponse:
         """See the proto."""
-        _require(request.lease_id, "lease_id")
+        required(request.lease_id, "lease_id")
         await self._leasing.give_back(request.lease_id, request.held_nano_usd)
         return pb2.ReturnLeaseResponse()
 
     async def Hold(self, request: pb2.HoldRequest, call: Call) -> pb2.HoldResponse:
         """See the proto."""
-        _require(request.operation_id, "operation_id")
-        _require(request.key_id, "key_id")
-        if request.amount_nano_usd <= 0 or request.min_amount_nano_usd < 0:
+        required(request.operation_id, "operation_id")
+        required(request.key_id, "key_id")
+        if request.amount_nano_usd <= 0:
             raise invalid("amount_nano_usd", f"must be positive, got {request.amount_nano_usd}")
+        if not 0 <= request.min_amount_nano_usd <= request.amount_nano_usd:
+            raise invalid("min_amount_nano_usd", f"must be 0 to amount_nano_usd, got {request.min_amount_nano_usd}")
         if not request.HasField("expire_time"):
             raise invalid("expire_time", "must be set: the store frees the hold then by itself")
+        expires = micros_of(request.expire_time, "expire_time") / 1e6
         chain = await self._store.chain_by_key(request.key_id)
         if chain is None or not chain.key.is_active(time.time()):
             raise KeyUnknown
@@ -99,7 +109,7 @@ class MeteringServicer:
             Payer(chain.tenant.id, chain.project.id, chain.key.id),
             request.amount_nano_usd,
             request.min_amount_nano_usd,
-            _seconds(request.expire_time),
+            expires,
         )
         return pb2.HoldResponse(
             hold_id=hold.id,
@@ -110,7 +120,7 @@ class MeteringServicer:
 
     async def VoidHold(self, request: pb2.VoidHoldRequest, call: Call) -> pb2.VoidHoldResponse:
         """See the proto."""
-        _require(request.hold_id, "hold_id")
+        required(request.hold_id, "hold_id")
         return pb2.VoidHoldResponse(state=HOLD_STATES[await self._store.void_hold(request.hold_id)])
 
     async def PostSettlements(self, request: pb2.PostSettlementsRequest, call: Call) -> pb2.PostSettlementsResponse:
@@ -139,12 +149,3 @@ class MeteringServicer:
                 if settlement.entry.flags and state is PostState.POSTED:
                     self._flagged.inc()
         return results
-
-
-def _require(value: str, field: str) -> None:
-    if not value or len(value) > 256:
-        raise invalid(field, "must have 1 to 256 characters")
-
-
-def _seconds(moment: Timestamp) -> float:
-    return moment.seconds + moment.nanos / 1e9

@@ -11,7 +11,7 @@ from typing import Final
 
 from services.metering.accounts import SCOPES, Key, Limits, Project, Tenant, is_id
 from services.metering.errors import Exists, NotFound
-from services.metering.ports import Store
+from services.metering.ports import Change, Store
 from services.runtime.errors import invalid
 
 _MAX_NAME: Final = 256
@@ -45,9 +45,8 @@ class Tenancy:
 
     async def update_tenant(self, tenant_id: str, display_name: str, limits: Limits, mask: Collection[str]) -> Tenant:
         """Changes the fields that `mask` names. Raises NotFound, Failure REQUEST_INVALID."""
-        present = await self.tenant(tenant_id)
-        name, merged = _merge(present.limits, display_name, limits, mask)
-        return await self._store.update_tenant(tenant_id, name, merged)
+        name, change = _changes(display_name, limits, mask)
+        return await self._store.update_tenant(tenant_id, name, change)
 
     async def create_project(
         self, tenant_id: str, project_id: str, display_name: str, limits: Limits, request_id: str
@@ -62,11 +61,8 @@ class Tenancy:
         self, tenant_id: str, project_id: str, display_name: str, limits: Limits, mask: Collection[str]
     ) -> Project:
         """As update_tenant."""
-        found = [p for p in await self._store.projects(tenant_id, "", 1000) if p.id == project_id]
-        if not found:
-            raise NotFound(f"tenants/{tenant_id}/projects/{project_id}")
-        name, merged = _merge(found[0].limits, display_name, limits, mask)
-        return await self._store.update_project(tenant_id, project_id, name, merged)
+        name, change = _changes(display_name, limits, mask)
+        return await self._store.update_project(tenant_id, project_id, name, change)
 
     async def create_key(
         self,
@@ -137,20 +133,21 @@ def _check_name(value: str) -> None:
         raise invalid("display_name", f"must have at most {_MAX_NAME} bytes")
 
 
-def _merge(present: Limits, display_name: str, given: Limits, mask: Collection[str]) -> tuple[str | None, Limits]:
+def _changes(display_name: str, given: Limits, mask: Collection[str]) -> tuple[str | None, Change]:
+    """The new name, None when it stays, and what becomes of limits. A whole `limits` in the mask outdoes its fields."""
     if not mask:
         raise invalid("update_mask", "must name the fields to change: display_name, limits, or limits.<field>")
-    name: str | None = None
-    merged = present
-    fields = {field.name for field in dataclasses.fields(Limits)}
+    known = {field.name for field in dataclasses.fields(Limits)}
+    named: set[str] = set()
     for path in mask:
-        if path == "display_name":
-            _check_name(display_name)
-            name = display_name
-        elif path == "limits":
-            merged = given
-        elif path.startswith("limits.") and (field := path.removeprefix("limits.")) in fields:
-            merged = dataclasses.replace(merged, **{field: getattr(given, field)})
-        else:
+        if path == "limits":
+            named |= known
+        elif path.startswith("limits.") and (field := path.removeprefix("limits.")) in known:
+            named.add(field)
+        elif path != "display_name":
             raise invalid("update_mask", f"{path[:80]!r} is not display_name, limits or limits.<field>")
-    return name, merged
+    name: str | None = None
+    if "display_name" in mask:
+        _check_name(display_name)
+        name = display_name
+    return name, lambda present: dataclasses.replace(present, **{field: getattr(given, field) for field in named})

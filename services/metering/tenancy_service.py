@@ -6,8 +6,10 @@ from services.metering.ports import Store
 from services.metering.proto import (
     key_to_proto,
     limits_from_proto,
+    micros_of,
     page_size,
     project_to_proto,
+    required,
     tenant_to_proto,
 )
 from services.metering.tenancy import Tenancy
@@ -32,7 +34,9 @@ class TenancyServicer:
 
     async def GetTenant(self, request: pb2.GetTenantRequest, call: Call) -> pb2.GetTenantResponse:
         """See the proto."""
-        return pb2.GetTenantResponse(tenant=tenant_to_proto(await self._tenancy.tenant(request.tenant_id)))
+        return pb2.GetTenantResponse(
+            tenant=tenant_to_proto(await self._tenancy.tenant(required(request.tenant_id, "tenant_id")))
+        )
 
     async def ListTenants(self, request: pb2.ListTenantsRequest, call: Call) -> pb2.ListTenantsResponse:
         """See the proto."""
@@ -47,7 +51,10 @@ class TenancyServicer:
         """See the proto."""
         given = request.tenant
         changed = await self._tenancy.update_tenant(
-            given.id, given.display_name, limits_from_proto(given.limits), list(request.update_mask.paths)
+            required(given.id, "tenant.id"),
+            given.display_name,
+            limits_from_proto(given.limits),
+            list(request.update_mask.paths),
         )
         return pb2.UpdateTenantResponse(tenant=tenant_to_proto(changed))
 
@@ -55,14 +62,18 @@ class TenancyServicer:
         """See the proto."""
         given = request.project
         made = await self._tenancy.create_project(
-            given.tenant_id, given.id, given.display_name, limits_from_proto(given.limits), request.request_id
+            required(given.tenant_id, "project.tenant_id"),
+            given.id,
+            given.display_name,
+            limits_from_proto(given.limits),
+            request.request_id,
         )
         return pb2.CreateProjectResponse(project=project_to_proto(made))
 
     async def ListProjects(self, request: pb2.ListProjectsRequest, call: Call) -> pb2.ListProjectsResponse:
         """See the proto."""
         size = page_size(request.page_size)
-        found = await self._store.projects(request.tenant_id, request.page_token, size + 1)
+        found = await self._store.projects(required(request.tenant_id, "tenant_id"), request.page_token, size + 1)
         return pb2.ListProjectsResponse(
             projects=[project_to_proto(project) for project in found[:size]],
             next_page_token=found[size - 1].id if len(found) > size else "",
@@ -72,7 +83,11 @@ class TenancyServicer:
         """See the proto."""
         given = request.project
         changed = await self._tenancy.update_project(
-            given.tenant_id, given.id, given.display_name, limits_from_proto(given.limits), list(request.update_mask.paths)
+            required(given.tenant_id, "project.tenant_id"),
+            required(given.id, "project.id"),
+            given.display_name,
+            limits_from_proto(given.limits),
+            list(request.update_mask.paths),
         )
         return pb2.UpdateProjectResponse(project=project_to_proto(changed))
 
@@ -80,13 +95,13 @@ class TenancyServicer:
         """See the proto."""
         given = request.key
         key, secret = await self._tenancy.create_key(
-            given.tenant_id,
+            required(given.tenant_id, "key.tenant_id"),
             given.project_id or "default",
             display_name=given.display_name,
             scopes=list(given.scopes),
             allowed_models=list(given.allowed_models),
             limits=limits_from_proto(given.limits),
-            expire_time=given.expire_time.ToMicroseconds() / 1e6 if given.HasField("expire_time") else None,
+            expire_time=micros_of(given.expire_time, "key.expire_time") / 1e6 if given.HasField("expire_time") else None,
             cache_namespace=given.cache_namespace,
         )
         return pb2.CreateKeyResponse(key=key_to_proto(key), secret=secret)
@@ -94,7 +109,8 @@ class TenancyServicer:
     async def ListKeys(self, request: pb2.ListKeysRequest, call: Call) -> pb2.ListKeysResponse:
         """See the proto."""
         size = page_size(request.page_size)
-        found = await self._store.keys(request.tenant_id, request.project_id, request.page_token, size + 1)
+        tenant_id = required(request.tenant_id, "tenant_id")
+        found = await self._store.keys(tenant_id, request.project_id, request.page_token, size + 1)
         return pb2.ListKeysResponse(
             keys=[key_to_proto(key) for key in found[:size]],
             next_page_token=found[size - 1].id if len(found) > size else "",
@@ -102,4 +118,4 @@ class TenancyServicer:
 
     async def RevokeKey(self, request: pb2.RevokeKeyRequest, call: Call) -> pb2.RevokeKeyResponse:
         """See the proto."""
-        return pb2.RevokeKeyResponse(key=key_to_proto(await self._tenancy.revoke_key(request.key_id)))
+        return pb2.RevokeKeyResponse(key=key_to_proto(await self._tenancy.revoke_key(required(request.key_id, "key_id"))))

@@ -8,7 +8,7 @@ from typing import Final
 
 from services.metering.errors import KeyUnknown
 from services.metering.ports import Store, UsageFilter
-from services.metering.proto import entry_to_proto, page_size, price_to_proto, usage_row_to_proto
+from services.metering.proto import entry_to_proto, micros_of, page_size, price_to_proto, usage_row_to_proto
 from services.metering.service import Prices
 from services.runtime.call import Call, CallerKind
 from services.runtime.errors import Failure, Reason, invalid
@@ -16,6 +16,8 @@ from sluice.metering.v1 import usage_service_pb2 as pb2
 
 _SCOPE: Final = "usage"
 _BEARER: Final = "Bearer "
+_MOST_GROUPS: Final = 6
+_DAY: Final = 24 * 3600.0
 _GROUPS: Final = {
     pb2.USAGE_DIMENSION_TENANT: "tenant",
     pb2.USAGE_DIMENSION_PROJECT: "project",
@@ -53,13 +55,16 @@ class UsageServicer:
     async def QueryUsage(self, request: pb2.QueryUsageRequest, call: Call) -> pb2.QueryUsageResponse:
         """See the proto."""
         size, after = page_size(request.page_size), _offset(request.page_token)
+        if len(request.group_by) > _MOST_GROUPS:
+            raise invalid("group_by", f"must have at most {_MOST_GROUPS} entries, got {len(request.group_by)}")
+        now = time.time()
         wanted = UsageFilter(
             await self._tenant(call, request.tenant_id),
             request.project_id,
             request.key_id,
             request.model,
-            request.start_time.ToMicroseconds() / 1e6 if request.HasField("start_time") else None,
-            request.end_time.ToMicroseconds() / 1e6 if request.HasField("end_time") else None,
+            micros_of(request.start_time, "start_time") / 1e6 if request.HasField("start_time") else now - _DAY,
+            micros_of(request.end_time, "end_time") / 1e6 if request.HasField("end_time") else now,
         )
         groups = []
         for dimension in request.group_by:
@@ -74,9 +79,9 @@ class UsageServicer:
 
     async def ListEntries(self, request: pb2.ListEntriesRequest, call: Call) -> pb2.ListEntriesResponse:
         """See the proto."""
-        size, after = page_size(request.page_size), _offset(request.page_token)
+        size, before = page_size(request.page_size), _offset(request.page_token)
         tenant = await self._tenant(call, request.tenant_id)
-        found = await self._store.entries(tenant, request.operation_id, after, size + 1)
+        found = await self._store.entries(tenant, request.operation_id, before or None, size + 1)
         return pb2.ListEntriesResponse(
             entries=[entry_to_proto(posted) for posted in found[:size]],
             next_page_token=str(found[size - 1].sequence) if len(found) > size else "",
@@ -85,8 +90,8 @@ class UsageServicer:
     async def ListPrices(self, request: pb2.ListPricesRequest, call: Call) -> pb2.ListPricesResponse:
         """See the proto."""
         await self._tenant(call, "")
-        size, after = page_size(request.page_size), _offset(request.page_token)
-        moment = request.time.ToMicroseconds() / 1e6 if request.HasField("time") else time.time()
+        size, after = page_size(request.page_size, 1000, 10_000), _offset(request.page_token)
+        moment = micros_of(request.time, "time") / 1e6 if request.HasField("time") else time.time()
         book = self._prices.book
         wanted = set(request.models)
         found = [price for price in book.all_at(moment) if not wanted or price.model in wanted][after : after + size + 1]

@@ -14,6 +14,7 @@ import yaml
 from services.runtime.config import ConfigError
 from services.runtime.dispatch import Binding
 from services.runtime.process import Process, Service
+from services.runtime.watching import changes
 from services.tokenization import catalogue
 from services.tokenization.adapters import encodings, gguf_file, huggingface
 from services.tokenization.catalogue import Rule, Rules
@@ -65,13 +66,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
 
     async def watch() -> None:
         await tokenizers.load_all()
-        seen = await asyncio.to_thread(_stamp, path)
-        while True:
-            await asyncio.sleep(config.reload_interval)
-            stamp = await asyncio.to_thread(_stamp, path)
-            if stamp is None or stamp == seen:
-                continue
-            seen = stamp
+        async for _ in changes(path, config.reload_interval):
             try:
                 tokenizers.use(await asyncio.to_thread(_read_rules, path))
             except ConfigError as error:
@@ -88,11 +83,3 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         servicer = TokenizationServicer(tokenizers, estimator, executor, inline_bytes=config.inline_bytes)
         descriptor = tokenization_service_pb2.DESCRIPTOR.services_by_name["TokenizationService"]
         yield Service(name=NAME, bindings=(Binding(servicer, descriptor),), pings={"tokenizers": ready}, workers=(watch,))
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size

@@ -45,7 +45,7 @@ from services.metering.ledger import (
     Verdict,
     chained,
 )
-from services.metering.ports import Chain, Posted, UsageFilter, UsageRow
+from services.metering.ports import Chain, Change, Posted, UsageFilter, UsageRow
 
 _SCHEMA_VERSION: Final = 1
 _MOST_PER_COMMIT: Final = 512
@@ -102,7 +102,7 @@ CREATE TRIGGER journal_is_append_only_update BEFORE UPDATE ON journal BEGIN SELE
 CREATE TRIGGER journal_is_append_only_delete BEFORE DELETE ON journal BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
 """
 
-_INSERT_ENTRY: Final = f"INSERT INTO journal ({_ENTRY_COLUMNS}, hash) VALUES ({', '.join('?' * (len(Entry._fields) + 1))})"  # noqa: S608 - our own columns
+_INSERT_ENTRY: Final = f"INSERT INTO journal ({_ENTRY_COLUMNS}, hash) VALUES ({', '.join('?' * (len(Entry._fields) + 1))})"
 _HOLD_ALL: Final = """
 UPDATE accounts SET held = held + ?1 WHERE name IN (?2, ?3, ?4) AND (budget IS NULL OR budget - spent - held >= ?5)
 """
@@ -117,6 +117,8 @@ _GROUPS: Final = {
     "hour": "strftime('%Y-%m-%dT%H:00:00Z', start_micros / 1000000, 'unixepoch')",
     "day": "strftime('%Y-%m-%d', start_micros / 1000000, 'unixepoch')",
 }
+
+_SOURCE: Final = "CASE WHEN input_tokens + output_tokens > 0 THEN usage_source END"
 
 T = TypeVar("T")
 _Operation = Callable[[sqlite3.Connection], Any]
@@ -228,12 +230,26 @@ class SqliteStore:
                 loop.call_soon_threadsafe(_resolve, done)
 
     def _one(self, connection: sqlite3.Connection, job: _Job) -> None:
-        """One operation in a savepoint: its refusal undoes it alone. An error of the store undoes the whole commit."""
+        """One operation in a savepoint: its refusal undoes it alone. An error of the store undoes the whole commit.
+
+        Values that the store can't take are the operation's own fault, too: were they the commit's, one settlement that can never
+        be written would keep all others out for ever.
+        """
         head = self._head
         connection.execute("SAVEPOINT one")
         try:
             job.result = job.operation(connection)
         except MeteringError as error:
+            self._head = head
+            connection.execute("ROLLBACK TO one")
+            job.error = error
+        except sqlite3.IntegrityError:
+            self._head = head
+            connection.execute("ROLLBACK TO one")
+            job.error = StoreUnavailable()
+        except sqlite3.Error:
+            raise
+        except Exception as error:  # noqa: BLE001 - the writer serves everybody and outlives a fault of one operation
             self._head = head
             connection.execute("ROLLBACK TO one")
             job.error = error
@@ -301,17 +317,19 @@ class SqliteStore:
         """See Store."""
         return await self._found(lambda c: _tenants(c, "t.id > ?", (after,), limit))
 
-    async def update_tenant(self, tenant_id: str, display_name: str | None, limits: Limits) -> Tenant:
+    async def update_tenant(self, tenant_id: str, display_name: str | None, change: Change) -> Tenant:
         """See Store."""
 
         def operation(c: sqlite3.Connection) -> Tenant:
-            changed = c.execute(
+            found = _tenants(c, "t.id = ?", (tenant_id,), 1)
+            if not found:
+                raise NotFound(f"tenants/{tenant_id}")
+            limits = change(found[0].limits)
+            c.execute(
                 "UPDATE tenants SET display_name = COALESCE(?, display_name), requests_per_minute = ?, tokens_per_minute = ?, "
                 "concurrency = ? WHERE id = ?",
                 (display_name, *_rates(limits), tenant_id),
             )
-            if changed.rowcount != 1:
-                raise NotFound(f"tenants/{tenant_id}")
             c.execute("UPDATE accounts SET budget = ? WHERE name = ?", (limits.budget_nano_usd, tenant_account(tenant_id)))
             return _one_tenant(c, tenant_id)
 
@@ -344,21 +362,32 @@ class SqliteStore:
 
         return await self._written(operation)
 
+    async def project(self, tenant_id: str, project_id: str) -> Project | None:
+        """See Store."""
+
+        def operation(c: sqlite3.Connection) -> Project | None:
+            found = _projects(c, "p.tenant_id = ? AND p.id = ?", (tenant_id, project_id), 1)
+            return found[0] if found else None
+
+        return await self._found(operation)
+
     async def projects(self, tenant_id: str, after: str, limit: int) -> list[Project]:
         """See Store."""
         return await self._found(lambda c: _projects(c, "p.tenant_id = ? AND p.id > ?", (tenant_id, after), limit))
 
-    async def update_project(self, tenant_id: str, project_id: str, display_name: str | None, limits: Limits) -> Project:
+    async def update_project(self, tenant_id: str, project_id: str, display_name: str | None, change: Change) -> Project:
         """See Store."""
 
         def operation(c: sqlite3.Connection) -> Project:
-            changed = c.execute(
+            found = _projects(c, "p.tenant_id = ? AND p.id = ?", (tenant_id, project_id), 1)
+            if not found:
+                raise NotFound(f"tenants/{tenant_id}/projects/{project_id}")
+            limits = change(found[0].limits)
+            c.execute(
                 "UPDATE projects SET display_name = COALESCE(?, display_name), requests_per_minute = ?, tokens_per_minute = ?, "
                 "concurrency = ? WHERE tenant_id = ? AND id = ?",
                 (display_name, *_rates(limits), tenant_id, project_id),
             )
-            if changed.rowcount != 1:
-                raise NotFound(f"tenants/{tenant_id}/projects/{project_id}")
             account = project_account(tenant_id, project_id)
             c.execute("UPDATE accounts SET budget = ? WHERE name = ?", (limits.budget_nano_usd, account))
             return _projects(c, "p.tenant_id = ? AND p.id = ?", (tenant_id, project_id), 1)[0]
@@ -379,7 +408,7 @@ class SqliteStore:
                 json.dumps(key.allowed_models), *_rates(key.limits), key.create_time, key.expire_time, key.revoke_time,
                 key.cache_namespace,
             )  # fmt: skip
-            c.execute(f"INSERT INTO keys VALUES ({', '.join('?' * len(values))})", values)  # noqa: S608 - placeholders only
+            c.execute(f"INSERT INTO keys VALUES ({', '.join('?' * len(values))})", values)
             _open_account(c, key_account(key.id), key.limits)
             return _keys(c, "k.id = ?", (key.id,), 1)[0]
 
@@ -410,7 +439,10 @@ class SqliteStore:
         def operation(c: sqlite3.Connection) -> Hold:
             known = c.execute("SELECT * FROM holds WHERE operation_id = ?", (operation_id,)).fetchone()
             if known is not None:
-                return _hold_of(known)
+                hold = _hold_of(known)
+                if hold.payer != payer:
+                    raise Exists(f"holds/{hold.id}")
+                return hold
             left, level = _tightest(c, payer)
             taken = amount
             if not _reserve(c, payer, taken):
@@ -458,6 +490,9 @@ class SqliteStore:
         """See Store."""
 
         def operation(c: sqlite3.Connection) -> Slice:
+            owner = c.execute("SELECT tenant_id, project_id, key_id FROM leases WHERE id = ?", (lease_id,)).fetchone()
+            if owner is not None and Payer(*owner) != payer:
+                raise NotFound(f"leases/{lease_id}")
             left, level = _tightest(c, payer)
             granted = 0
             if left is None:
@@ -505,7 +540,7 @@ class SqliteStore:
         for start in range(0, len(identifiers), _VARIABLES):
             part = identifiers[start : start + _VARIABLES]
             marks = ", ".join("?" * len(part))
-            known.update(row[0] for row in c.execute(f"SELECT attempt_id FROM journal WHERE attempt_id IN ({marks})", part))  # noqa: S608 - placeholders only
+            known.update(row[0] for row in c.execute(f"SELECT attempt_id FROM journal WHERE attempt_id IN ({marks})", part))
         states: list[PostState] = []
         rows: list[tuple[Any, ...]] = []
         spent: dict[Payer, int] = defaultdict(int)
@@ -586,9 +621,9 @@ class SqliteStore:
             SELECT {columns} COUNT(DISTINCT operation_id), SUM(cache_status > 0), SUM(cache_status = 0),
               SUM(cache_status = 0 AND attempt_number > 1), SUM(input_tokens), SUM(cached_tokens), SUM(cache_write_tokens),
               SUM(output_tokens), SUM(reasoning_tokens), SUM(images), SUM(CASE WHEN debit = '{PLATFORM}' THEN 0 ELSE amount END),
-              SUM(saved)
+              SUM(saved), CASE WHEN MIN({_SOURCE}) > 0 THEN MAX({_SOURCE}) ELSE 0 END
             FROM journal {where} {grouping} LIMIT ? OFFSET ?
-        """  # noqa: S608 - our own column expressions; values are bound
+        """
 
         def operation(c: sqlite3.Connection) -> list[UsageRow]:
             rows = c.execute(statement, (*values, limit, after)).fetchall()
@@ -601,16 +636,16 @@ class SqliteStore:
 
         return await self._found(operation)
 
-    async def entries(self, tenant_id: str, operation_id: str, after: int, limit: int) -> list[Posted]:
+    async def entries(self, tenant_id: str, operation_id: str, before: int | None, limit: int) -> list[Posted]:
         """See Store."""
-        where, values = ["sequence > ?"], [str(after)]
-        if tenant_id:
-            where.append("tenant_id = ?")
-            values.append(tenant_id)
-        if operation_id:
-            where.append("operation_id = ?")
-            values.append(operation_id)
-        statement = f"SELECT sequence, {_ENTRY_COLUMNS} FROM journal WHERE {' AND '.join(where)} ORDER BY sequence LIMIT ?"  # noqa: S608 - our own columns
+        where: list[str] = []
+        values: list[str | int] = []
+        for condition, value in (("sequence < ?", before), ("tenant_id = ?", tenant_id), ("operation_id = ?", operation_id)):
+            if value not in (None, ""):
+                where.append(condition)
+                values.append(value)
+        wanted = f"WHERE {' AND '.join(where)}" if where else ""
+        statement = f"SELECT sequence, {_ENTRY_COLUMNS} FROM journal {wanted} ORDER BY sequence DESC LIMIT ?"
         return await self._found(lambda c: [Posted(row[0], Entry(*row[1:])) for row in c.execute(statement, (*values, limit))])
 
     async def verify(self) -> Verdict:
@@ -712,7 +747,7 @@ _KEY_COLUMNS: Final = (
 
 def _keys(c: sqlite3.Connection, where: str, values: tuple[Any, ...], limit: int) -> list[Key]:
     rows = c.execute(
-        f"SELECT {_KEY_COLUMNS} FROM keys k JOIN accounts a ON a.name = 'key/' || k.id WHERE {where} ORDER BY k.id LIMIT ?",  # noqa: S608 - our own conditions
+        f"SELECT {_KEY_COLUMNS} FROM keys k JOIN accounts a ON a.name = 'key/' || k.id WHERE {where} ORDER BY k.id LIMIT ?",
         (*values, limit),
     )
     return [
@@ -782,7 +817,7 @@ def _verify(c: sqlite3.Connection) -> Verdict:
         debits: dict[str, int] = defaultdict(int)
         credits_: dict[str, int] = defaultdict(int)
         spent: dict[str, int] = defaultdict(int)
-        for row in c.execute(f"SELECT sequence, hash, {_ENTRY_COLUMNS} FROM journal ORDER BY sequence"):  # noqa: S608 - our own columns
+        for row in c.execute(f"SELECT sequence, hash, {_ENTRY_COLUMNS} FROM journal ORDER BY sequence"):
             sequence, stored, entry = row[0], bytes(row[1]), Entry(*row[2:])
             if sequence != expected:
                 problem(f"entries {expected} to {sequence - 1} are missing")

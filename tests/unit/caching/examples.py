@@ -7,7 +7,6 @@ from sluice.caching.v1 import caching_service_pb2 as pb2
 from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2
 
 CALL = Call("/sluice.caching.v1.CachingService/Lookup", deadline=1e12)
-Mode = inference_service_pb2.CacheMode.ValueType
 SEMANTIC = inference_service_pb2.CACHE_MODE_SEMANTIC
 QUESTION = "What is the capital of France?"
 PARAPHRASE = "What's the capital city of France?"
@@ -17,7 +16,7 @@ def lookup(
     text: str = QUESTION,
     *,
     tenant: str = "acme",
-    mode: Mode = inference_service_pb2.CACHE_MODE_UNSPECIFIED,
+    mode: inference_service_pb2.CacheMode.ValueType = inference_service_pb2.CACHE_MODE_UNSPECIFIED,
     namespace: str = "",
     system: str = "Be brief.",
     model: str = "echo/echo",

@@ -17,7 +17,7 @@ def test_every_field_is_part_of_the_key() -> None:
 
 def test_no_two_lists_of_fields_give_the_same_bytes() -> None:
     words = ("", "a", "1:a", "a1:", "1", "0:", "é", "a1:a")
-    seen = {keys.prefix(*five[:4], 0, five[4]) for five in itertools.product(words, repeat=5)}
+    seen = {keys.prefix(a, b, c, d, 0, e) for a, b, c, d, e in itertools.product(words, repeat=5)}
     assert len(seen) == len(words) ** 5
 
 

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from services.metering.adapters.sqlite import open_store
+from services.metering.ports import Store
+from tests.conformance.ledger.machine import LedgerMachine
+from tests.conformance.ledger.suite import Database, LedgerSuite
+
+
+class SqliteDatabase:
+    """A directory with a ledger."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.writer: Sequence[str] = ("sqlite", str(directory))
+
+    def open(self) -> AbstractAsyncContextManager[Store]:
+        return open_store(self._directory)
+
+    def refuses(self, statement: str) -> bool:
+        with contextlib.closing(sqlite3.connect(self._directory / "ledger.db")) as connection:
+            try:
+                connection.execute(statement)
+            except sqlite3.IntegrityError:
+                return True
+            finally:
+                connection.rollback()
+        return False
+
+    def tamper(self, statement: str) -> None:
+        with contextlib.closing(sqlite3.connect(self._directory / "ledger.db")) as connection:
+            for name in ("update", "delete"):
+                connection.execute(f"DROP TRIGGER journal_is_append_only_{name}")
+            assert connection.execute(statement).rowcount == 1
+            connection.commit()
+
+    def stored(self) -> bytes:
+        return b"".join(path.read_bytes() for path in sorted(self._directory.iterdir()))
+
+
+class TestSqlite(LedgerSuite):
+    @pytest.fixture
+    def database(self, tmp_path: Path) -> Database:
+        return SqliteDatabase(tmp_path / "ledger")
+
+
+class SqliteMachine(LedgerMachine):
+    def new_database(self, resources: contextlib.ExitStack) -> Database:
+        return SqliteDatabase(Path(resources.enter_context(tempfile.TemporaryDirectory())))
+
+
+class TestSqliteMachine(SqliteMachine.TestCase):  # type: ignore[name-defined,misc]  # made by hypothesis at run time
+    # The same examples every time, so that a run of the suite says the same twice.
+    settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None)
+
+
+async def test_a_second_process_may_not_use_the_file(tmp_path: Path) -> None:
+    async with open_store(tmp_path):
+        with pytest.raises(RuntimeError, match="exactly one"):
+            async with open_store(tmp_path):
+                pass
+    async with open_store(tmp_path) as again:
+        await again.ping()
+
+
+async def test_a_ledger_of_a_newer_version_is_not_touched(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        connection.execute("PRAGMA user_version=2")
+    with pytest.raises(RuntimeError, match="schema version 2"):
+        async with open_store(tmp_path):
+            pass
+
+
+async def test_commits_are_synced_to_the_disk(tmp_path: Path) -> None:
+    """FULL in WAL mode syncs at every commit; a kill of the process can't show it, a power cut would."""
+    async with open_store(tmp_path) as store:
+        settings = [store._write.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")]
+    assert settings == ["wal", 2]
