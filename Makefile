@@ -32,7 +32,7 @@ check: install ## Format, lint, types, imports, protos, generated code
 	.venv/bin/lint-imports
 	.venv/bin/buf lint
 	.venv/bin/buf format -d --exit-code protos
-	.venv/bin/buf breaking --against protos/baseline.binpb
+	.venv/bin/buf breaking protos --against protos/baseline.binpb
 	$(PY) -m tools.generate --check
 	$(PY) -m tools.example --check
 
@@ -55,7 +55,7 @@ gen-check: install ## Compares gen/ with what the protos give
 
 baseline: install ## Writes the image that `buf breaking` compares with: at a release only
 	$(PY) -m tools.generate
-	.venv/bin/buf build -o protos/baseline.binpb
+	.venv/bin/buf build protos -o protos/baseline.binpb
 
 example: install ## Rewrites deploy/sluice.example.yaml from the settings
 	$(PY) -m tools.example

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from google.protobuf.message import DecodeError
 
@@ -22,10 +22,15 @@ from services.runtime.errors import Failure
 from services.runtime.metrics import Registry
 from services.runtime.process import Process, Service
 from sluice.inference.v1 import inference_service_pb2
-from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceAsyncStub, InferenceServiceStub
+from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from sluice.jobs.v1 import job_service_pb2
 from sluice.metering.v1 import metering_service_pb2, tenancy_service_pb2
-from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceAsyncStub, MeteringServiceStub
+from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceStub
+
+if TYPE_CHECKING:
+    # Exist for type checkers only.
+    from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceAsyncStub
+    from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceAsyncStub
 
 NAME: Final = "batching"
 KEYS_REVOKED: Final = "sluice.keys.revoked"
@@ -102,8 +107,8 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
     queues = JetStreamQueues(
         streams, process.nats, capacity=config.queue_capacity, ack_wait=config.ack_wait, idle=config.idle_queue
     )
-    metering: MeteringServiceAsyncStub = MeteringServiceStub(process.channel("metering"))
-    inference: InferenceServiceAsyncStub = InferenceServiceStub(process.channel("gateway"))
+    metering = MeteringServiceStub(process.channel("metering"))
+    inference = InferenceServiceStub(process.channel("gateway"))
     keys = Keys(_authenticator(metering))
     observer = _Observer(process.log, process.metrics)
     worker = Worker(

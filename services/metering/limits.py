@@ -95,7 +95,8 @@ class Concurrency:
         bounded = {name: limit for name, limit in limits.items() if limit >= 0}
         if not bounded:
             return UNLIMITED
-        granted = wanted
+        # Beyond its narrowest limit no lease can be served, so a wish for more keeps nothing from others.
+        granted = wanted = min(wanted, *bounded.values())
         for name, limit in bounded.items():
             shares = self._shares.setdefault(name, {})
             for other in [key for key, share in shares.items() if share.expires <= now]:

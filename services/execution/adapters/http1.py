@@ -68,15 +68,15 @@ class _Connection(asyncio.Protocol):
         self.transport = transport  # type: ignore[assignment]  # a stream transport, by how it was made
 
     def data_received(self, data: bytes) -> None:
+        if self._complete or self._parser is None:
+            # Bytes that nobody asked for: the connection can't be trusted any more.
+            self.close()
+            return
         self._started = True
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._fail(AttemptFailed(Reason.PROVIDER_MALFORMED, "the provider's answer is not HTTP"))
-            return
-        except AttributeError:
-            # Bytes that nobody asked for: the connection can't be trusted any more.
-            self.close()
             return
         self._wake()
 
@@ -94,6 +94,8 @@ class _Connection(asyncio.Protocol):
             return
         if not self._complete:
             if self.used and not self._started:
+                # What ended this kept connection, a restart say, has likely ended the others too.
+                self._pool.close_idle()
                 self._fail(ConnectionStale())
             else:
                 reason = Reason.PROVIDER_STREAM_BROKEN if self._size else Reason.PROVIDER_UNAVAILABLE
@@ -104,13 +106,22 @@ class _Connection(asyncio.Protocol):
 
     # httptools callbacks
 
+    def on_message_begin(self) -> None:
+        if self._complete:
+            # A second answer behind the first, in the same packet: nobody asked for it.
+            self._keep = False
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._complete:
+            return
         self._header_bytes += len(name) + len(value)
         if self._header_bytes > _MAX_HEADERS:
             raise httptools.HttpParserError("headers too large")
         self._headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
+        if self._complete:
+            return
         status = self._parser.get_status_code()
         if status < 200:
             # 100 Continue and the like: the answer proper follows.
@@ -122,6 +133,8 @@ class _Connection(asyncio.Protocol):
             self._waiter.set_result(self._response)
 
     def on_body(self, body: bytes) -> None:
+        if self._complete:
+            return
         self._size += len(body)
         if self._size > self._pool.max_answer_bytes and not self._streaming:
             self._fail(
@@ -135,7 +148,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         response = self._response
-        if response is None:
+        if response is None or self._complete:
             return
         self._complete = True
         if not self._streaming:
@@ -324,6 +337,9 @@ class Pool:
             ) from None
         finally:
             self._connecting -= 1
+        if connection.closed:
+            # Its end came before anybody waited on it: a call on it would wait for its whole deadline.
+            raise AttemptFailed(Reason.PROVIDER_UNAVAILABLE, "the provider closed the connection at once")
         self._all.add(connection)
         return connection
 
@@ -354,6 +370,11 @@ class Pool:
         self._all.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
+
+    def close_idle(self) -> None:
+        """Closes the connections that nobody uses."""
+        for connection in list(self._idle):
+            connection.close()
 
     def close(self) -> None:
         """Closes every connection."""

@@ -16,7 +16,7 @@ import socket
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from email.utils import formatdate
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 import httptools
 
@@ -195,10 +195,10 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._write = transport.write
-        transport.set_write_buffer_limits(high=self._config.write_buffer_bytes)
+        # Not checked by isinstance: uvloop's transports are no subclasses of asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
+        self._write = self._transport.write
+        self._transport.set_write_buffer_limits(high=self._config.write_buffer_bytes)
         # Until its first request a connection has only as long as headers may take: silence costs the client nothing.
         self._deadline = self._loop.time() + self._config.header_timeout
         self._admitted = self.listener.admit(self)

@@ -21,6 +21,7 @@ def key(
     project_id: str = "default",
     limits: Limits | None = None,
     sha256: bytes | None = None,
+    expire_time: float | None = NOW + HOUR,
 ) -> Key:
     """A key whose secret is its id."""
     return Key(
@@ -34,7 +35,7 @@ def key(
         allowed_models=("a/x", "policy/cheap"),
         limits=limits or Limits(),
         create_time=NOW,
-        expire_time=NOW + HOUR,
+        expire_time=expire_time,
         cache_namespace="shop",
     )
 
