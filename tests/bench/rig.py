@@ -99,14 +99,22 @@ def precise_cpu(root: int) -> float:
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """A running C upstream."""
+
+    port: int
+    pid: int
+
+
 @contextlib.contextmanager
-def upstream() -> Iterator[int]:
+def upstream() -> Iterator[Upstream]:
     """The C upstream on a free port."""
     port = free_port()
     process = subprocess.Popen(pin_command(RIG_CORE, [str(BUILD / "mock"), str(port)]))
     try:
         wait_for_port(port, 5.0)
-        yield port
+        yield Upstream(port, process.pid)
     finally:
         stop(process)
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from services.execution.adapters.faults import fault, malformed, stream_fault
+from services.execution.adapters.faults import fault, json_of, malformed, stream_fault
 from services.execution.adapters.http1 import Pool
 from services.execution.adapters.openai import MOST_KEPT
 from services.execution.adapters.sse import EventCutter, data_of, events
@@ -87,7 +87,7 @@ def _options(conversation: conversation_pb2.Conversation, prompt: Prompt, body: 
         {
             "name": tool.name,
             "description": tool.description,
-            "input_schema": orjson.loads(tool.parameters_json_schema) if tool.parameters_json_schema else {"type": "object"},
+            "input_schema": json_of(tool.parameters_json_schema, "conversation.tools") if tool.parameters_json_schema else {"type": "object"},
         }
         for tool in conversation.tools
     ]
@@ -103,7 +103,7 @@ def _options(conversation: conversation_pb2.Conversation, prompt: Prompt, body: 
             {
                 "name": _FORMAT_TOOL,
                 "description": conversation.response_format.description or "Give the answer by calling this tool.",
-                "input_schema": orjson.loads(schema) if schema else {"type": "object"},
+                "input_schema": json_of(schema, "conversation.response_format") if schema else {"type": "object"},
             }
         )
         choice = {"type": "tool", "name": _FORMAT_TOOL}
@@ -139,7 +139,7 @@ def _block(part: conversation_pb2.Part) -> dict[str, Any] | None:
             return {"type": "image", "source": {"type": "base64", "media_type": image.media_type or "image/png", "data": data}}
         case "tool_call":
             call = part.tool_call
-            return {"type": "tool_use", "id": call.id, "name": call.name, "input": orjson.loads(call.arguments_json or "{}")}
+            return {"type": "tool_use", "id": call.id, "name": call.name, "input": json_of(call.arguments_json or "{}", "conversation.messages")}
         case "tool_result":
             result = part.tool_result
             block = {"type": "tool_result", "tool_use_id": result.tool_call_id, "content": result.text}
@@ -325,7 +325,7 @@ class AnthropicProvider:
         body = orjson.dumps(request_of(prompt, streaming=False))
         response = await self._pool.exchange(self._head("POST", "/v1/messages", "application/json"), body, prompt.deadline)
         if response.status != 200:
-            raise fault(response.status, response.headers, response.body)
+            raise fault(response.status, response.headers, response.body, self._secret())
         try:
             document = orjson.loads(response.body)
         except orjson.JSONDecodeError:
@@ -345,7 +345,7 @@ class AnthropicProvider:
         cutter = EventCutter()
         try:
             if response.status != 200:
-                raise fault(response.status, response.headers, b"".join([piece async for piece in pieces]))
+                raise fault(response.status, response.headers, b"".join([piece async for piece in pieces]), self._secret())
             async for piece in pieces:
                 shown: list[bytes] = []
                 deltas: list[answer_pb2.Delta] = []
@@ -379,7 +379,7 @@ class AnthropicProvider:
         """See Provider."""
         response = await self._pool.exchange(self._head("GET", self._probe_path, "application/json"), b"", deadline)
         if response.status >= 400:
-            raise fault(response.status, response.headers, b"")
+            raise fault(response.status, response.headers, b"", self._secret())
 
     async def close(self) -> None:
         """See Provider."""

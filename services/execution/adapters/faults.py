@@ -22,8 +22,12 @@ _WINDOW_WORDS: Final = (
     "prompt is too long",
     "exceeds the available context",
     "exceed_context_size",
+    "exceeds the maximum number of tokens allowed",
 )
 _BILLING_WORDS: Final = ("insufficient_quota", "credit balance is too low", "billing")
+_CREDENTIAL_WORDS: Final = ("api key not valid", "api key expired", "api_key_invalid")
+"""Gemini refuses a bad key with status 400."""
+_LONGEST_FIELD: Final = 200
 _MOST_WAIT: Final = 3600.0
 
 
@@ -46,9 +50,11 @@ def retry_delay_of(headers: Mapping[bytes, bytes]) -> float | None:
     return min(_MOST_WAIT, max(0.0, moment - time.time()))
 
 
-def fault(status: int, headers: Mapping[bytes, bytes], body: bytes) -> AttemptFailed:
-    """The failure that an answer with `status` (not 2xx) is."""
+def fault(status: int, headers: Mapping[bytes, bytes], body: bytes, secret: str = "") -> AttemptFailed:
+    """The failure that an answer with `status` (not 2xx) is. `secret` is our key, which some servers repeat in their words."""
     message, code, param = _said(body)
+    if secret:
+        message, param = message.replace(secret, "[key]"), param.replace(secret, "[key]")
     text = f"{code} {message}".lower()
     delay = retry_delay_of(headers)
     # The provider's own words are shown only where the fault is the caller's: elsewhere they may tell of our account with it.
@@ -62,7 +68,9 @@ def fault(status: int, headers: Mapping[bytes, bytes], body: bytes) -> AttemptFa
             return AttemptFailed(Reason.CONTEXT_WINDOW_EXCEEDED, shown, status=status)
         if any(word in text for word in _BILLING_WORDS):
             return AttemptFailed(Reason.PROVIDER_AUTHENTICATION, "the provider refuses our account", status=status)
-        return AttemptFailed(Reason.PROVIDER_REJECTED, shown, status=status, param=param)
+        if any(word in text for word in _CREDENTIAL_WORDS):
+            return AttemptFailed(Reason.PROVIDER_AUTHENTICATION, "the provider refuses our credential", status=status)
+        return AttemptFailed(Reason.PROVIDER_REJECTED, shown, status=status, param=param[:_LONGEST_FIELD])
     if status in (401, 402, 403):
         return AttemptFailed(Reason.PROVIDER_AUTHENTICATION, "the provider refuses our credential", status=status)
     if status == 404:
@@ -102,14 +110,22 @@ def _said(body: bytes) -> tuple[str, str, str]:
 
 def stream_fault(error: Any) -> AttemptFailed:
     """The failure that an error event within a stream is."""
-    kind = str(error.get("type") or error.get("code") or "") if isinstance(error, dict) else ""
+    kind = str(error.get("type") or error.get("status") or error.get("code") or "") if isinstance(error, dict) else ""
     if "overloaded" in kind:
         return AttemptFailed(Reason.PROVIDER_OVERLOADED, "the provider is overloaded")
-    if "rate_limit" in kind:
+    if "rate_limit" in kind or kind in ("RESOURCE_EXHAUSTED", "429"):
         return AttemptFailed(Reason.PROVIDER_RATE_LIMITED, "the provider limits our rate")
-    if "invalid_request" in kind:
+    if "invalid_request" in kind or kind == "INVALID_ARGUMENT":
         return AttemptFailed(Reason.PROVIDER_REJECTED, "the provider refused the request in its stream")
     return AttemptFailed(Reason.PROVIDER_UNAVAILABLE, "the provider failed in the middle of its stream")
+
+
+def json_of(text: str, where: str) -> Any:
+    """`text`, which a caller gave as JSON at `where`. Raises AttemptFailed REQUEST_INVALID when it isn't JSON."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise AttemptFailed(Reason.REQUEST_INVALID, f"{where}: must be JSON for this provider", param=where) from None
 
 
 def malformed(what: str) -> AttemptFailed:

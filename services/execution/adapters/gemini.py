@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from services.execution.adapters.faults import fault, malformed, stream_fault
+from services.execution.adapters.faults import fault, json_of, malformed, stream_fault
 from services.execution.adapters.http1 import Pool
 from services.execution.adapters.openai import MOST_KEPT
 from services.execution.adapters.sse import EventCutter, data_of, events
@@ -80,7 +80,7 @@ def request_of(prompt: Prompt) -> dict[str, Any]:
         for tool in conversation.tools:
             declared: dict[str, Any] = {"name": tool.name, "description": tool.description}
             if tool.parameters_json_schema:
-                declared["parametersJsonSchema"] = orjson.loads(tool.parameters_json_schema)
+                declared["parametersJsonSchema"] = json_of(tool.parameters_json_schema, "conversation.tools")
             declarations.append(declared)
         body["tools"] = [{"functionDeclarations": declarations}]
         if conversation.HasField("tool_choice"):
@@ -109,7 +109,7 @@ def _configuration(conversation: conversation_pb2.Conversation, most: int) -> di
     if wanted.kind in (conversation_pb2.RESPONSE_FORMAT_KIND_JSON_OBJECT, conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA):
         made["responseMimeType"] = "application/json"
         if wanted.json_schema:
-            made["responseJsonSchema"] = orjson.loads(wanted.json_schema)
+            made["responseJsonSchema"] = json_of(wanted.json_schema, "conversation.response_format")
     budget = _BUDGETS.get(conversation.reasoning_effort)
     if budget is not None:
         made["thinkingConfig"] = {"thinkingBudget": budget, "includeThoughts": budget > 0}
@@ -128,7 +128,7 @@ def _part(part: conversation_pb2.Part, names: Mapping[str, str]) -> dict[str, An
                 return {"fileData": {"fileUri": image.url, "mimeType": image.media_type or "image/png"}}
             return {"inlineData": {"mimeType": image.media_type or "image/png", "data": base64.b64encode(image.data).decode()}}
         case "tool_call":
-            return {"functionCall": {"name": part.tool_call.name, "args": orjson.loads(part.tool_call.arguments_json or "{}")}}
+            return {"functionCall": {"name": part.tool_call.name, "args": json_of(part.tool_call.arguments_json or "{}", "conversation.messages")}}
         case "tool_result":
             result = part.tool_result
             key = "error" if result.is_error else "output"
@@ -268,7 +268,7 @@ class GeminiProvider:
         head = self._head("POST", f"/v1beta/models/{prompt.upstream_model}:generateContent", "application/json")
         response = await self._pool.exchange(head, orjson.dumps(request_of(prompt)), prompt.deadline)
         if response.status != 200:
-            raise fault(response.status, response.headers, response.body)
+            raise fault(response.status, response.headers, response.body, self._secret())
         gathered = Gathered(prompt.model)
         try:
             gathered.take(orjson.loads(response.body))
@@ -285,7 +285,7 @@ class GeminiProvider:
         cutter = EventCutter()
         try:
             if response.status != 200:
-                raise fault(response.status, response.headers, b"".join([piece async for piece in pieces]))
+                raise fault(response.status, response.headers, b"".join([piece async for piece in pieces]), self._secret())
             async for piece in pieces:
                 deltas: list[answer_pb2.Delta] = []
                 for event in events(cutter.whole(piece)):
@@ -313,7 +313,7 @@ class GeminiProvider:
         head = self._head("POST", f"/v1beta/models/{prompt.upstream_model}:batchEmbedContents", "application/json")
         response = await self._pool.exchange(head, orjson.dumps({"requests": requests}), prompt.deadline)
         if response.status != 200:
-            raise fault(response.status, response.headers, response.body)
+            raise fault(response.status, response.headers, response.body, self._secret())
         try:
             vectors = [row["values"] for row in orjson.loads(response.body)["embeddings"]]
         except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -326,7 +326,7 @@ class GeminiProvider:
         """See Provider."""
         response = await self._pool.exchange(self._head("GET", self._probe_path, "application/json"), b"", deadline)
         if response.status >= 400:
-            raise fault(response.status, response.headers, b"")
+            raise fault(response.status, response.headers, b"", self._secret())
 
     async def close(self) -> None:
         """See Provider."""

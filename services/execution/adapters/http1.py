@@ -110,10 +110,9 @@ class _Connection(asyncio.Protocol):
         if self._complete:
             # A second answer behind the first, in the same packet: nobody asked for it.
             self._keep = False
+            self._headers = {}
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._complete:
-            return
         self._header_bytes += len(name) + len(value)
         if self._header_bytes > _MAX_HEADERS:
             raise httptools.HttpParserError("headers too large")

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import orjson
 
-from services.execution.adapters.faults import fault, malformed, stream_fault
+from services.execution.adapters.faults import fault, json_of, malformed, stream_fault
 from services.execution.adapters.http1 import Pool
 from services.execution.adapters.sse import EventCutter, data_of, events
 from services.execution.errors import AttemptFailed
@@ -155,7 +155,7 @@ def _tool(tool: conversation_pb2.ToolDefinition) -> dict[str, Any]:
     if tool.description:
         function["description"] = tool.description
     if tool.parameters_json_schema:
-        function["parameters"] = orjson.loads(tool.parameters_json_schema)
+        function["parameters"] = json_of(tool.parameters_json_schema, "conversation.tools")
     if tool.HasField("strict"):
         function["strict"] = tool.strict
     return {"type": "function", "function": function}
@@ -166,7 +166,7 @@ def _format(wanted: conversation_pb2.ResponseFormat) -> dict[str, Any] | None:
         return {"type": "json_object"}
     if wanted.kind != conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA:
         return None
-    schema: dict[str, Any] = {"name": wanted.name or "answer", "schema": orjson.loads(wanted.json_schema)}
+    schema: dict[str, Any] = {"name": wanted.name or "answer", "schema": json_of(wanted.json_schema, "conversation.response_format")}
     if wanted.HasField("strict"):
         schema["strict"] = wanted.strict
     if wanted.description:
@@ -372,7 +372,7 @@ class OpenAIProvider:
         body = orjson.dumps(request_of(prompt, streaming=False, limit_field=self._limit_field))
         response = await self._pool.exchange(self._head("/chat/completions", "application/json"), body, prompt.deadline)
         if response.status != 200:
-            raise fault(response.status, response.headers, response.body)
+            raise fault(response.status, response.headers, response.body, self._secret())
         try:
             document = orjson.loads(response.body)
         except orjson.JSONDecodeError:
@@ -389,7 +389,7 @@ class OpenAIProvider:
         try:
             if response.status != 200:
                 parts = [piece async for piece in pieces]
-                raise fault(response.status, response.headers, b"".join(parts))
+                raise fault(response.status, response.headers, b"".join(parts), self._secret())
             if prompt.accepted_wire == _OPENAI:
                 async for wire in _passed_through(pieces, prompt):
                     yield wire
@@ -410,7 +410,7 @@ class OpenAIProvider:
             self._head("/embeddings", "application/json"), orjson.dumps(request), prompt.deadline
         )
         if response.status != 200:
-            raise fault(response.status, response.headers, response.body)
+            raise fault(response.status, response.headers, response.body, self._secret())
         try:
             document = orjson.loads(response.body)
             rows = sorted(document["data"], key=lambda row: row["index"])
@@ -431,7 +431,7 @@ class OpenAIProvider:
             headers["authorization"] = f"Bearer {secret}"
         response = await self._pool.exchange(self._pool.head("GET", self._probe_path, headers), b"", deadline)
         if response.status >= 400:
-            raise fault(response.status, response.headers, b"")
+            raise fault(response.status, response.headers, b"", self._secret())
 
     async def close(self) -> None:
         """See Provider."""

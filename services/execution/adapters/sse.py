@@ -24,14 +24,13 @@ class EventCutter:
         if self._rest:
             data = self._rest + data
             self._rest = b""
-        if data.endswith(b"\n\n"):
+        if data.endswith((b"\n\n", b"\r\n\r\n")):
             return data
         end = data.rfind(b"\n\n")
-        if end < 0:
-            # Some servers end lines with CR LF.
-            end = data.rfind(b"\r\n\r\n")
-            if end >= 0:
-                end += 2
+        # Some servers end lines with CR LF, and what stands between us may add comments that don't.
+        wide = data.rfind(b"\r\n\r\n", max(end, 0))
+        if wide >= 0:
+            end = wide + 2
         if end < 0:
             if len(data) > _MAX_EVENT:
                 raise AttemptFailed(Reason.PROVIDER_MALFORMED, f"an event of the stream is longer than {_MAX_EVENT} bytes")

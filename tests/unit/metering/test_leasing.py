@@ -174,9 +174,10 @@ async def test_a_returned_lease_frees_its_concurrency_at_once(store: Store, cloc
     await accounts(store, limits=Limits(concurrency=5))
     leases = leasing(store, clock)
     first = await leases.acquire(wish(concurrency=5))
-    assert (await leases.acquire(wish(concurrency=5, replica="r-2"))).concurrency == 0
+    other = await leases.acquire(wish(concurrency=5, replica="r-2"))
+    assert other.concurrency == 0
     await leases.give_back(first.lease_id, 0)
-    assert (await leases.acquire(wish(2, concurrency=5, replica="r-2"))).concurrency == 5
+    assert (await leases.acquire(wish(2, lease=other.lease_id, concurrency=5, replica="r-2"))).concurrency == 5
 
 
 async def test_near_the_end_of_a_budget_no_slices_are_granted(store: Store, clock: Clock) -> None:
