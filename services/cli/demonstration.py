@@ -199,16 +199,14 @@ class Demonstration:
                     step,
                     receipt.attempts[-1].model if receipt.attempts else "cache",
                     cache_words(receipt.cache),
-                    receipt.input_count.token_count if receipt.attempts else "",
-                    usage.input_token_count if usage is not None else 0,
-                    usage.output_token_count if usage is not None else 0,
+                    f"{usage.input_token_count} + {usage.output_token_count}" if usage is not None else "0 + 0",
                     money(receipt.hold_nano_usd),
                     money(receipt.cost_nano_usd),
                     len(receipt.attempts),
                     milliseconds(receipt.total_duration),
                 )
             )
-        columns = ("step", "answered by", "cache", "counted", "in", "out", "held", "cost", "attempts", "latency")
+        columns = ("step", "answered by", "cache", "tokens", "held", "cost", "attempts", "latency")
         print_table(self.session.console, columns, rows, title="Receipts (the local model costs nothing: a written zero)")
 
     def run(self) -> None:

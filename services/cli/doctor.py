@@ -19,10 +19,9 @@ import typer
 import yaml
 from google.protobuf.internal import api_implementation
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.console import Console
 
 from services.cli import nats, up
-from services.cli.rendering import print_table
+from services.cli.rendering import open_console, print_table
 from services.cli.session import StateDirOption
 from services.cli.state import READY_NAME, Ready, default_state_dir
 from services.runtime.errors import Failure
@@ -144,7 +143,7 @@ def command(
     catalogue: Annotated[Path | None, typer.Option("--catalogue", help="Catalogue to check. Default: the shipped one.")] = None,
 ) -> None:
     """Checks every dependency and says what to do. Exit code 1 when something is missing that Sluice can't run without."""
-    console = Console()
+    console = open_console()
     found = list(findings(state_dir or default_state_dir(), catalogue or up.default_catalogue()))
     print_table(
         console,

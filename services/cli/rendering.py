@@ -61,6 +61,15 @@ def answer_text(answer: answer_pb2.Answer) -> str:
     return "".join(parts)
 
 
+_FILE_WIDTH: Final = 160
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal; a file or pipe has no width, and tables there shouldn't be folded to 80 columns."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_FILE_WIDTH)
+
+
 def print_table(
     console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None
 ) -> None:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from services.cli.client import Client, connect
+from services.cli.rendering import open_console
 from services.cli.state import READY_NAME, Ready, default_state_dir
 
 StateDirOption = Annotated[
@@ -31,7 +32,7 @@ class Session:
     """A client command's connection to the running mesh; failures leave it as `Failure` for `main` to show."""
 
     def __init__(self, state_dir: Path | None, timeout: float, *, key: str | None = None) -> None:
-        self.console = Console()
+        self.console = open_console()
         self.errors = Console(stderr=True)
         self.timeout = timeout
         self.ready = Ready.read((state_dir or default_state_dir()) / READY_NAME)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from services.cli import nats
-from services.cli.rendering import print_table
+from services.cli.rendering import open_console, print_table
 from services.cli.state import READY_NAME, Ready, Secrets, default_state_dir, write_private
 from services.cli.supervisor import Child, Spec, Supervisor
 from services.runtime.errors import Failure, Reason, invalid
@@ -455,7 +455,7 @@ def command(
         ready_file=ready_file,
         replicas=parse_replicas(replicas or []),
     )
-    console = Console()
+    console = open_console()
 
     async def announce(running: Running) -> None:
         ready = running.ready()

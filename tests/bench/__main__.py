@@ -1,0 +1,148 @@
+"""`python -m tests.bench`: CPU per request of Sluice in both topologies, against a bare proxy in the same run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tests.bench import rig, scenarios
+from tests.bench.scenarios import FULL, SHORT, TOPOLOGIES, Figure
+
+_WIDTH: Final = 128
+"""Columns of the table where the output is no terminal."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints, returns the exit code."""
+    given = _parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    errors = Console(stderr=True)
+    chosen = scenarios.select(given.only)
+    if not chosen:
+        names = ", ".join(f"{topology}.{scenario.name}" for topology, scenario in scenarios.select(()))
+        errors.print(f"--only {' '.join(given.only)} names no scenario; there are {names}", markup=False)
+        return 2
+    plan = SHORT if given.short else FULL
+    figures: list[Figure] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=errors, transient=True) as progress:
+            task = progress.add_task("starting", total=len(chosen))
+            for topology in TOPOLOGIES:
+                wanted = [scenario for where, scenario in chosen if where == topology]
+                if not wanted:
+                    continue
+                progress.update(task, description=f"starting {topology}")
+                with scenarios.stand(topology) as stand:
+                    for scenario in wanted:
+                        name = f"{topology}.{scenario.name}"
+                        progress.update(task, description=name)
+                        during = _profiler(stand, given.profile, name) if given.profile is not None else None
+                        figures.append(scenarios.measure(stand, scenario, plan, during=during))
+                        console.print(line(figures[-1]), markup=False, highlight=False, soft_wrap=True)
+                        progress.advance(task)
+    except rig.RigError as error:
+        errors.print(f"the bench can't run here: {error}", style="red", markup=False)
+        return 2
+    console.print(table(figures))
+    console.print(
+        "CPU time of all of Sluice's processes, NATS included; ratio to a bare proxy on the same HTTP stack; minimum, median and "
+        "maximum of the rounds.",
+        style="dim",
+    )
+    if given.json is not None:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps([to_json(figure) for figure in figures], indent=2) + "\n")
+    return int(given.strict and any(figure.verdict in ("short", "void") for figure in figures))
+
+
+def _parse(arguments: Sequence[str] | None) -> Any:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("--short", action="store_true", help=f"{SHORT.rounds} rounds of {SHORT.seconds:g} s")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="scenarios with NAME in their name; repeatable"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round to FILE")
+    parser.add_argument(
+        "--profile", type=Path, metavar="DIR", help="write a flame graph per scenario and round; the figures suffer from it"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit 1 when a figure is short or void")
+    return parser.parse_args(arguments)
+
+
+def _profiler(stand: scenarios.Stand, directory: Path, name: str) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    return lambda seconds: scenarios.profiled(stand.sluice.process.pid, directory / f"{name}.svg", seconds)
+
+
+def _three(values: tuple[float, float, float], digits: int = 1) -> str:
+    low, middle, high = values
+    return f"{low:.{digits}f} · {middle:.{digits}f} · {high:.{digits}f}"
+
+
+def line(figure: Figure) -> str:
+    """One figure in one line."""
+    if figure.void:
+        return f"{figure.name}  void: {figure.void}"
+    middle = figure.spread(lambda one: one.cost(per_chunk=False))[1]
+    ratio = figure.spread(lambda one: one.ratio)[1]
+    return f"{figure.name}  {middle:.0f} µs a request, {ratio:.1f} times the bare proxy  {figure.verdict}"
+
+
+def table(figures: Sequence[Figure]) -> Table:
+    """All figures."""
+    made = Table(title="CPU per request")
+    made.add_column("scenario")
+    for heading in ("n", "µs a request", "µs a chunk", "bare proxy µs", "ratio", "mark", "goal"):
+        made.add_column(heading, justify="right")
+    made.add_column("")
+    made.add_column("note", overflow="fold")
+    for figure in figures:
+        if figure.void or not figure.rounds:
+            made.add_row(figure.name, "0", "", "", "", "", figure.mark.text, figure.goal.text, figure.verdict, figure.note)
+            continue
+        streams = figure.rounds[0].product.cpu_us_per_frame > 0
+        made.add_row(
+            figure.name,
+            str(sum(one.product.ok for one in figure.rounds)),
+            _three(figure.spread(lambda one: one.cost(per_chunk=False)), 0),
+            _three(figure.spread(lambda one: one.cost(per_chunk=True))) if streams else "-",
+            _three(figure.spread(lambda one: one.reference.cpu_ms * 1e3), 0),
+            _three(figure.spread(lambda one: one.ratio)),
+            figure.mark.text,
+            figure.goal.text,
+            figure.verdict,
+            figure.note,
+        )
+    return made
+
+
+def to_json(figure: Figure) -> dict[str, Any]:
+    """A figure with all its rounds."""
+    return {
+        "name": figure.name,
+        "summary": figure.scenario.summary,
+        "verdict": figure.verdict,
+        "note": figure.note,
+        "measured_us": figure.measured if figure.rounds and not figure.void else None,
+        "mark_us": figure.bound,
+        "mark": asdict(figure.mark),
+        "goal": asdict(figure.goal),
+        "rounds": [
+            {"ratio": one.ratio, "saturated": one.saturated, "sluice": asdict(one.product), "reference": asdict(one.reference)}
+            for one in figure.rounds
+        ],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
