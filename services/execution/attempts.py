@@ -113,7 +113,7 @@ class _Attempt:
         operation = self.operation
         operation.spool.settle(record)
         operation.cost += cost
-        if cost and self.price is not None:
+        if usage is not None and self.price is not None:
             operation.price_version = self.price.price_version
         attempt = receipt_pb2.Attempt(
             attempt_id=record.attempt_id,

@@ -72,6 +72,8 @@ class MeteringServicer:
         """See the proto."""
         required(request.replica_id, "replica_id")
         required(request.key_id, "key_id")
+        if request.lease_id:
+            required(request.lease_id, "lease_id")
         wish = Wish(
             request.replica_id,
             request.sequence,

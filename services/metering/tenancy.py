@@ -16,6 +16,7 @@ from services.runtime.errors import invalid
 
 _MAX_NAME: Final = 256
 _MAX_MODELS: Final = 256
+_MAX_MODEL: Final = 256
 SECRET_PREFIX: Final = "sk-sluice-"
 
 Announce = Callable[[Key], Awaitable[None]]
@@ -84,6 +85,10 @@ class Tenancy:
             raise invalid("key.scopes", f"{unknown[0]!r} is not one of {', '.join(SCOPES)}")
         if len(allowed_models) > _MAX_MODELS:
             raise invalid("key.allowed_models", f"must have at most {_MAX_MODELS} entries")
+        if any(not 0 < len(model) <= _MAX_MODEL for model in allowed_models):
+            raise invalid("key.allowed_models", f"each must have 1 to {_MAX_MODEL} characters")
+        if len(cache_namespace) > _MAX_NAME:
+            raise invalid("key.cache_namespace", f"must have at most {_MAX_NAME} characters")
         now = self._clock()
         if expire_time is not None and expire_time <= now:
             raise invalid("key.expire_time", "has passed")

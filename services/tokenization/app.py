@@ -13,6 +13,7 @@ import yaml
 
 from services.runtime.config import ConfigError
 from services.runtime.dispatch import Binding
+from services.runtime.errors import unavailable
 from services.runtime.process import Process, Service
 from services.runtime.watching import changes
 from services.tokenization import catalogue
@@ -64,8 +65,11 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
 
     tokenizers = Tokenizers(lambda rule: _load(rule, config.piece_cache_entries), estimator, rules, missing)
 
+    loaded = asyncio.Event()
+
     async def watch() -> None:
         await tokenizers.load_all()
+        loaded.set()
         async for _ in changes(path, config.reload_interval):
             try:
                 tokenizers.use(await asyncio.to_thread(_read_rules, path))
@@ -77,7 +81,9 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
             process.log.info("tokenizers_reloaded", rules=len(rules.rules))
 
     async def ready() -> None:
-        """Counting needs nothing but this process."""
+        """Counting needs nothing but this process, and the tokenizers in memory: a first count shouldn't wait for a file."""
+        if not loaded.is_set():
+            raise unavailable("tokenizers", "tokenizers are being loaded")
 
     with ThreadPoolExecutor(config.threads, thread_name_prefix="count") as executor:
         servicer = TokenizationServicer(tokenizers, estimator, executor, inline_bytes=config.inline_bytes)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     console.print(table(figures))
     console.print(
-        "CPU time of all of Sluice's processes, NATS included; ratio to a bare proxy on the same HTTP stack; minimum, median and "
-        "maximum of the rounds.",
+        "Minimum · median · maximum of the rounds. CPU time of all of Sluice's processes, NATS included; `bare` is a proxy on the same "
+        "HTTP stack in the same rounds (median, µs a request), `ratio` Sluice's CPU over its; `mark` decides, `goal` is performance.md's.",
         style="dim",
     )
     if given.json is not None:
@@ -100,15 +101,15 @@ def line(figure: Figure) -> str:
 
 def table(figures: Sequence[Figure]) -> Table:
     """All figures."""
-    made = Table(title="CPU per request")
-    made.add_column("scenario")
-    for heading in ("n", "µs a request", "µs a chunk", "bare proxy µs", "ratio", "mark", "goal"):
-        made.add_column(heading, justify="right")
+    made = Table(title="CPU per request", box=SIMPLE, padding=(0, 1, 0, 0))
+    made.add_column("scenario", no_wrap=True)
+    for heading in ("n", "µs a request", "µs a chunk", "bare", "ratio", "mark", "goal"):
+        made.add_column(heading, justify="right", no_wrap=True)
     made.add_column("")
     made.add_column("note", overflow="fold")
     for figure in figures:
         if figure.void or not figure.rounds:
-            made.add_row(figure.name, "0", "", "", "", "", figure.mark.text, figure.goal.text, figure.verdict, figure.note)
+            made.add_row(figure.name, *[""] * 5, figure.mark.text, figure.goal.text, figure.verdict, figure.note)
             continue
         streams = figure.rounds[0].product.cpu_us_per_frame > 0
         made.add_row(
@@ -116,7 +117,7 @@ def table(figures: Sequence[Figure]) -> Table:
             str(sum(one.product.ok for one in figure.rounds)),
             _three(figure.spread(lambda one: one.cost(per_chunk=False)), 0),
             _three(figure.spread(lambda one: one.cost(per_chunk=True))) if streams else "-",
-            _three(figure.spread(lambda one: one.reference.cpu_ms * 1e3), 0),
+            f"{figure.spread(lambda one: one.reference.cpu_ms * 1e3)[1]:.0f}",
             _three(figure.spread(lambda one: one.ratio)),
             figure.mark.text,
             figure.goal.text,

@@ -65,8 +65,8 @@ class Budget:
     def text(self) -> str:
         """As the table shows it."""
         if self.request_ms is not None:
-            return f"{self.request_ms * 1e3:g} µs"
-        return "-" if self.chunk_us is None else f"{self.chunk_us:g} µs/chunk"
+            return f"{self.request_ms * 1e3:.0f} µs"
+        return "-" if self.chunk_us is None else f"{self.chunk_us:.0f} µs/chunk"
 
 
 NO_BUDGET: Final = Budget()

@@ -8,7 +8,7 @@ import uuid
 import pytest
 
 from services.cli.client import Client, failures
-from services.cli.demonstration import DOWN_MODEL, LOCAL_MODEL
+from services.cli.demonstration import DOWN_MODEL, LOCAL_MODEL, SYSTEM
 from services.cli.rendering import answer_text
 from services.runtime.errors import Failure, Reason
 from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2, receipt_pb2
@@ -28,11 +28,14 @@ def ask(
     max_tokens: int = 24,
     request_id: str = "",
 ) -> inference_service_pb2.GenerateRequest:
-    """A request of one user turn."""
+    """A request of one user turn, after a system turn without which a model of this size babbles."""
     return inference_service_pb2.GenerateRequest(
         request_id=request_id,
         conversation=conversation_pb2.Conversation(
-            messages=[conversation_pb2.Message(role=conversation_pb2.ROLE_USER, parts=[conversation_pb2.Part(text=text)])],
+            messages=[
+                conversation_pb2.Message(role=conversation_pb2.ROLE_SYSTEM, parts=[conversation_pb2.Part(text=SYSTEM)]),
+                conversation_pb2.Message(role=conversation_pb2.ROLE_USER, parts=[conversation_pb2.Part(text=text)]),
+            ],
             sampling=conversation_pb2.Sampling(temperature=0.0, seed=7),
             max_output_tokens=max_tokens,
         ),

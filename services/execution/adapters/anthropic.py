@@ -9,7 +9,7 @@ from typing import Any, Final
 import orjson
 
 from services.execution.adapters.faults import fault, json_of, malformed, stream_fault
-from services.execution.adapters.http1 import Pool
+from services.execution.adapters.http1 import Pool, beginning
 from services.execution.adapters.openai import MOST_KEPT
 from services.execution.adapters.sse import EventCutter, data_of, events
 from services.execution.errors import AttemptFailed
@@ -112,7 +112,9 @@ def _options(conversation: conversation_pb2.Conversation, prompt: Prompt, body: 
     if choice is not None:
         body["tool_choice"] = choice
     budget = _BUDGETS.get(conversation.reasoning_effort)
-    if budget is not None and body["max_tokens"] > 1024:
+    # Anthropic refuses thinking where a tool must be called.
+    forced = choice is not None and choice["type"] in ("any", "tool")
+    if budget is not None and body["max_tokens"] > 1024 and not forced:
         body["thinking"] = {"type": "enabled", "budget_tokens": min(budget, max(1024, body["max_tokens"] // 2))}
     if prompt.end_user_hash:
         body["metadata"] = {"user_id": prompt.end_user_hash}
@@ -158,10 +160,10 @@ def _block(part: conversation_pb2.Part) -> dict[str, Any] | None:
 
 def usage_of(raw: Mapping[str, Any], usage: answer_pb2.Usage) -> None:
     """Fills `usage`. Anthropic's input tokens leave out those read from and written to its cache; ours include them."""
-    if "input_tokens" in raw:
+    if raw.get("input_tokens") is not None:
         cached = raw.get("cache_read_input_tokens") or 0
         written = raw.get("cache_creation_input_tokens") or 0
-        usage.input_token_count = (raw.get("input_tokens") or 0) + cached + written
+        usage.input_token_count = raw["input_tokens"] + cached + written
         usage.cached_input_token_count = cached
         usage.cache_write_token_count = written
     usage.output_token_count = raw.get("output_tokens") or usage.output_token_count
@@ -222,7 +224,9 @@ class Gathered:
                 case "message_start":
                     message = event["message"]
                     self._answer.provider_response_id = str(message.get("id") or "")[:256]
+                    # What is used is known at the end; without it the whole is estimated.
                     usage_of(message.get("usage") or {}, self._answer.usage)
+                    self._answer.usage.source = answer_pb2.USAGE_SOURCE_UNSPECIFIED
                 case "content_block_start":
                     return self._start(event["index"], event["content_block"])
                 case "content_block_delta":
@@ -231,7 +235,8 @@ class Gathered:
                     delta = event["delta"]
                     self._answer.finish_reason = _finish(delta.get("stop_reason"), self._formatted)
                     self._answer.stop_sequence = delta.get("stop_sequence") or ""
-                    usage_of(event.get("usage") or {}, self._answer.usage)
+                    if event.get("usage"):
+                        usage_of(event["usage"], self._answer.usage)
                 case "message_stop":
                     self.ended = True
                 case "error":
@@ -345,7 +350,7 @@ class AnthropicProvider:
         cutter = EventCutter()
         try:
             if response.status != 200:
-                raise fault(response.status, response.headers, b"".join([piece async for piece in pieces]), self._secret())
+                raise fault(response.status, response.headers, await beginning(pieces), self._secret())
             async for piece in pieces:
                 shown: list[bytes] = []
                 deltas: list[answer_pb2.Delta] = []

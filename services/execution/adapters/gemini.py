@@ -9,7 +9,7 @@ from typing import Any, Final
 import orjson
 
 from services.execution.adapters.faults import fault, json_of, malformed, stream_fault
-from services.execution.adapters.http1 import Pool
+from services.execution.adapters.http1 import Pool, beginning
 from services.execution.adapters.openai import MOST_KEPT
 from services.execution.adapters.sse import EventCutter, data_of, events
 from services.execution.errors import AttemptFailed
@@ -285,7 +285,7 @@ class GeminiProvider:
         cutter = EventCutter()
         try:
             if response.status != 200:
-                raise fault(response.status, response.headers, b"".join([piece async for piece in pieces]), self._secret())
+                raise fault(response.status, response.headers, await beginning(pieces), self._secret())
             async for piece in pieces:
                 deltas: list[answer_pb2.Delta] = []
                 for event in events(cutter.whole(piece)):

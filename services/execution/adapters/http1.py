@@ -263,6 +263,18 @@ class _Connection(asyncio.Protocol):
                 self.transport.abort()
 
 
+async def beginning(pieces: AsyncIterator[bytes], most: int = 64 * 1024) -> bytes:
+    """The first `most` bytes of a body, or a little more: enough of an error, however long it goes on."""
+    parts: list[bytes] = []
+    size = 0
+    async for piece in pieces:
+        parts.append(piece)
+        size += len(piece)
+        if size >= most:
+            break
+    return b"".join(parts)
+
+
 class Pool:
     """Connections to one origin."""
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import orjson
 
 from services.execution.adapters.faults import fault, json_of, malformed, stream_fault
-from services.execution.adapters.http1 import Pool
+from services.execution.adapters.http1 import Pool, beginning
 from services.execution.adapters.sse import EventCutter, data_of, events
 from services.execution.errors import AttemptFailed
 from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt
@@ -388,8 +388,7 @@ class OpenAIProvider:
         pieces = connection.pieces(self._idle, prompt.deadline)
         try:
             if response.status != 200:
-                parts = [piece async for piece in pieces]
-                raise fault(response.status, response.headers, b"".join(parts), self._secret())
+                raise fault(response.status, response.headers, await beginning(pieces), self._secret())
             if prompt.accepted_wire == _OPENAI:
                 async for wire in _passed_through(pieces, prompt):
                     yield wire

@@ -22,6 +22,7 @@ def key(
     limits: Limits | None = None,
     sha256: bytes | None = None,
     expire_time: float | None = NOW + HOUR,
+    scopes: tuple[str, ...] = ("inference", "usage"),
 ) -> Key:
     """A key whose secret is its id."""
     return Key(
@@ -31,7 +32,7 @@ def key(
         project_id=project_id,
         display_name=f"Key {key_id}",
         secret_hint=key_id[-4:],
-        scopes=("inference", "usage"),
+        scopes=scopes,
         allowed_models=("a/x", "policy/cheap"),
         limits=limits or Limits(),
         create_time=NOW,
