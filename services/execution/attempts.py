@@ -7,8 +7,9 @@ of the caller ends the chain. A kept connection that turned out closed gets the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
 from google.protobuf.duration_pb2 import Duration
@@ -230,10 +231,13 @@ class Operation:
             accepted_wire,
         )
 
-    def _failure(self, attempt: _Attempt, failure: AttemptFailed, *, is_last: bool) -> None:
-        """Settles a failed attempt; raises when no other candidate can help."""
+    def _failure(self, attempt: _Attempt, failure: AttemptFailed, *, is_last: bool, is_stale: bool = False) -> None:
+        """Settles a failed attempt; raises when no other candidate can help.
+
+        `is_stale`: the connection had been kept too long, and the same candidate is tried again; that tells nothing of its health.
+        """
         breaker = attempt.target.breaker
-        if failure.ends_chain:
+        if failure.ends_chain or is_stale:
             breaker.ignored()
         else:
             breaker.failed(failure.retry_delay)
@@ -245,10 +249,15 @@ class Operation:
         if failure.ends_chain:
             raise failure
 
-    def _cancelled(self, attempt: _Attempt, usage: answer_pb2.Usage | None) -> None:
+    def _dropped(self, attempt: _Attempt, usage: answer_pb2.Usage | None, error: BaseException) -> None:
+        """Settles an attempt that ended by something else than its provider: its caller went away, or a fault of ours."""
         attempt.target.breaker.ignored()
-        gone = Failure(Reason.CANCELLED, "the caller went away")
-        attempt.end(receipt_pb2.ATTEMPT_OUTCOME_CANCELLED, usage=usage, is_final=True, failure=gone)
+        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+            outcome, failure = receipt_pb2.ATTEMPT_OUTCOME_CANCELLED, Failure(Reason.CANCELLED, "the caller went away")
+        else:
+            outcome = receipt_pb2.ATTEMPT_OUTCOME_FAILED if usage is None else receipt_pb2.ATTEMPT_OUTCOME_BROKEN
+            failure = Failure(Reason.INTERNAL, "a fault of ours")
+        attempt.end(outcome, usage=usage, is_final=True, failure=failure)
 
     def _exhausted(self) -> Failure:
         now = asyncio.get_running_loop().time()
@@ -273,18 +282,18 @@ class Operation:
                     prompt = self._prompt(candidate, self._attempt_deadline(candidate, is_last), 0)
                     completed = await provider.complete(prompt)
                 except ConnectionStale as failure:
-                    self._failure(attempt, failure, is_last=is_last and again)
+                    self._failure(attempt, failure, is_last=is_last and again, is_stale=not again)
                     continue
                 except AttemptFailed as failure:
                     self._failure(attempt, failure, is_last=is_last)
                     break
-                except asyncio.CancelledError:
-                    self._cancelled(attempt, None)
-                    raise
                 except Failure as failure:
                     # The deadline passed before the call: nothing was sent.
                     attempt.target.breaker.ignored()
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
+                    raise
+                except BaseException as error:
+                    self._dropped(attempt, None, error)
                     raise
                 attempt.target.breaker.succeeded()
                 self._account(completed.answer)
@@ -335,25 +344,28 @@ class Operation:
                         raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not begin to answer in time") from None
                 except ConnectionStale as failure:
                     await _closed(pieces)
-                    self._failure(attempt, failure, is_last=is_last and again)
+                    self._failure(attempt, failure, is_last=is_last and again, is_stale=not again)
                     continue
                 except AttemptFailed as failure:
                     await _closed(pieces)
                     self._failure(attempt, failure, is_last=is_last)
                     break
-                except BaseException:
-                    self._cancelled(attempt, None)
+                except BaseException as error:
+                    self._dropped(attempt, None, error)
                     await _closed(pieces)
                     raise
                 attempt.first = time.time_ns()
-                async for event in self._flow(attempt, pieces, piece, bool(wire), prompt.max_output_tokens):
-                    yield event
+                # Closed by name: a caller that leaves must find the attempt settled and the socket closed, not some turns later.
+                flow = self._flow(attempt, pieces, piece, bool(wire), prompt.max_output_tokens)
+                async with contextlib.aclosing(flow):
+                    async for event in flow:
+                        yield event
                 return
         raise self._exhausted()
 
     async def _flow(
         self, attempt: _Attempt, pieces: AsyncIterator[Any], piece: Any, is_wire: bool, most_tokens: int
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         """The answer from its first piece on. However it ends, the attempt is settled before this generator is done."""
         produced = 0
         limit = int(most_tokens * _OVERRUN) + 16 if most_tokens and self.billing.hold_nano_usd else 0
@@ -381,9 +393,9 @@ class Operation:
         except AttemptFailed as failure:
             self._broken(attempt, failure, produced)
             raise
-        except BaseException:
+        except BaseException as error:
             if not attempt.settled:
-                self._cancelled(attempt, self._partial(produced))
+                self._dropped(attempt, self._partial(produced), error)
             raise
         finally:
             await _closed(pieces)
@@ -429,17 +441,17 @@ class Operation:
                     )
                     embedded = await provider.embed(prompt)
                 except ConnectionStale as failure:
-                    self._failure(attempt, failure, is_last=is_last and again)
+                    self._failure(attempt, failure, is_last=is_last and again, is_stale=not again)
                     continue
                 except AttemptFailed as failure:
                     self._failure(attempt, failure, is_last=is_last)
                     break
-                except asyncio.CancelledError:
-                    self._cancelled(attempt, None)
-                    raise
                 except Failure as failure:
                     attempt.target.breaker.ignored()
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
+                    raise
+                except BaseException as error:
+                    self._dropped(attempt, None, error)
                     raise
                 attempt.target.breaker.succeeded()
                 usage = embedded.usage
@@ -461,7 +473,8 @@ def _estimated_output(answer: answer_pb2.Answer) -> int:
     """Tokens of an answer whose provider reported none: a token for every three bytes, on the high side."""
     size = 0
     for part in answer.message.parts:
-        size += len(part.text) + len(part.refusal) + len(part.reasoning.text) + len(part.tool_call.arguments_json)
+        for text in (part.text, part.refusal, part.reasoning.text, part.tool_call.arguments_json):
+            size += len(text.encode())
     return size // 3 + 1
 
 

@@ -94,6 +94,8 @@ class Breaker:
             # With no failure in the window there is nothing to weigh successes against.
             if self._failed:
                 self._note(failed=False)
+                if self._too_many():
+                    self._open(None)
             return
         if self._state is State.HALF_OPEN:
             self._probing = False
@@ -117,8 +119,7 @@ class Breaker:
             return
         self._note(failed=True)
         figures = self._figures
-        many = len(self._calls) >= figures.calls and self._failed >= figures.share * len(self._calls)
-        if self._consecutive >= figures.failures or many:
+        if self._consecutive >= figures.failures or self._too_many():
             self._open(retry_delay)
         elif retry_delay is not None and retry_delay >= 1.0:
             # It says itself that it takes no calls.
@@ -130,6 +131,10 @@ class Breaker:
         self.in_flight -= 1
         if self._state is State.HALF_OPEN:
             self._probing = False
+
+    def _too_many(self) -> bool:
+        calls = len(self._calls)
+        return calls >= self._figures.calls and self._failed >= self._figures.share * calls
 
     def _note(self, *, failed: bool) -> None:
         now = self._clock()

@@ -19,6 +19,14 @@ _DEFAULT_BASES: Final[Mapping[str, str]] = {
     "anthropic": "https://api.anthropic.com",
     "gemini": "https://generativelanguage.googleapis.com",
 }
+_CREDENTIAL_HEADERS: Final = {
+    "authorization",
+    "proxy-authorization",
+    "cookie",
+    "x-api-key",
+    "api-key",
+    "x-goog-api-key",
+}
 _FIELDS: Final = {
     "kind",
     "base_url",
@@ -84,18 +92,22 @@ def _entry(name: str, value: Any, problems: list[str]) -> Entry | None:
         return None
     base = str(value.get("base_url") or _DEFAULT_BASES.get(kind, ""))
     if base:
-        parts = urlsplit(base)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if not _is_address(base):
             problems.append(f"{where}.base_url: must be an http or https URL without user and query")
     elif kind in _DEFAULT_BASES:
         problems.append(f"{where}.base_url: must be set")
     credential = str(value.get("credential") or "")
-    if credential and credential.partition(":")[0] not in ("env", "file"):
+    if credential and not re.fullmatch(r"(env|file):.+", credential):
         problems.append(f"{where}.credential: must be env:NAME or file:PATH; a key itself has no place in the catalogue")
     headers = value.get("headers") or {}
     if not isinstance(headers, Mapping) or not all(_header(k, v) for k, v in headers.items()):
-        problems.append(f"{where}.headers: must map header names to texts without line breaks")
+        problems.append(f"{where}.headers: must map header names to plain ASCII texts without line breaks")
         headers = {}
+    problems += [
+        f"{where}.headers.{key}: a credential has no place in the catalogue; name its source in credential"
+        for key in headers
+        if str(key).lower() in _CREDENTIAL_HEADERS
+    ]
     window, parallel = value.get("context_window", 2048), value.get("parallel", 4)
     if not isinstance(window, int) or not isinstance(parallel, int) or window < 128 or parallel < 1:
         problems.append(f"{where}: context_window and parallel must be whole numbers of at least 128 and 1")
@@ -114,18 +126,31 @@ def _entry(name: str, value: Any, problems: list[str]) -> Entry | None:
     )
 
 
+def _is_address(base: str) -> bool:
+    try:
+        parts = urlsplit(base)
+        return bool(
+            parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and not parts.query and parts.port != 0
+        )
+    except ValueError:
+        # A port out of range, a broken IPv6 address.
+        return False
+
+
 def _header(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z0-9-]+", name)) and not re.search(r"[\r\n\0]", str(value))
+    return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z0-9-]+", name)) and bool(re.fullmatch(r"[\t\x20-\x7e]*", str(value)))
 
 
 def read_credential(source: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The secret behind `env:NAME` or `file:PATH`; empty when it isn't there."""
+    """The secret behind `env:NAME` or `file:PATH`; empty when it isn't there or can't be sent in a header."""
     kind, _, place = source.partition(":")
+    secret = ""
     if kind == "env":
-        return environ.get(place, "").strip()
-    if kind == "file":
+        secret = environ.get(place, "").strip()
+    elif kind == "file":
         try:
-            return Path(place).expanduser().read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return ""
-    return ""
+            secret = Path(place).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError, RuntimeError):
+            secret = ""
+    # A line break within it would be a header of its own.
+    return secret if secret.isascii() and secret.isprintable() else ""

@@ -65,7 +65,8 @@ class Spool:
         self._directory = directory
         self._post = post
         self._group = group_seconds
-        self._segment_bytes = segment_bytes
+        # Only whole segments are freed: one that is never full would hold the spool at its limit for ever.
+        self._segment_bytes = min(segment_bytes, most_bytes // 4)
         self._most_bytes = most_bytes
         self._segments: list[_Segment] = []
         self._number = 0
@@ -148,7 +149,8 @@ class Spool:
         data = _HEADER.pack(len(payload), zlib.crc32(payload), kind) + payload
         written = os.write(segment.descriptor, data)
         if written != len(data):
-            # A full disk: what was written of it is a torn tail to the reader.
+            # A full disk. What was written of it goes again: a reader would stop there and miss what is written later.
+            os.ftruncate(segment.descriptor, segment.size)
             raise SpoolFull
         segment.size += written
         self._bytes += written

@@ -56,6 +56,8 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 async def open_service(config: Config, process: Process) -> AsyncIterator[Service]:
     """Opens the ledger, the price book and the tenant `default`."""
     path = process.settings.catalogue
+    # Looked at before it is read: a change that comes in between is then seen as one.
+    read = await asyncio.to_thread(_stamp, path)
     prices = Prices(await asyncio.to_thread(_read_book, path))
     async with open_store(process.state_dir(NAME)) as store:
         leasing = Leasing(
@@ -94,7 +96,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
                     process.log.info("reservations_expired", count=freed)
 
         async def watch_prices() -> None:
-            seen = await asyncio.to_thread(_stamp, path)
+            seen = read
             while True:
                 await asyncio.sleep(config.price_reload_interval)
                 stamp = await asyncio.to_thread(_stamp, path)

@@ -35,6 +35,7 @@ class Tenancy:
         """A new tenant with a project `default`. Raises Failure REQUEST_INVALID, Exists."""
         _check_id("tenant.id", tenant_id)
         _check_name(display_name)
+        _check_request_id(request_id)
         return await self._store.create_tenant(Tenant(tenant_id, display_name, limits, self._clock()), request_id)
 
     async def tenant(self, tenant_id: str) -> Tenant:
@@ -55,6 +56,7 @@ class Tenancy:
         """A new project. Raises NotFound, Exists, Failure REQUEST_INVALID."""
         _check_id("project.id", project_id)
         _check_name(display_name)
+        _check_request_id(request_id)
         project = Project(project_id, tenant_id, display_name, limits, self._clock())
         return await self._store.create_project(project, request_id)
 
@@ -136,6 +138,11 @@ def _check_id(field: str, value: str) -> None:
 def _check_name(value: str) -> None:
     if len(value.encode()) > _MAX_NAME:
         raise invalid("display_name", f"must have at most {_MAX_NAME} bytes")
+
+
+def _check_request_id(value: str) -> None:
+    if len(value) > _MAX_NAME:
+        raise invalid("request_id", f"must have at most {_MAX_NAME} characters")
 
 
 def _changes(display_name: str, given: Limits, mask: Collection[str]) -> tuple[str | None, Change]:

@@ -34,7 +34,7 @@ from typing import Any, Final
 
 import orjson
 
-from services.execution.adapters.faults import fault
+from services.execution.adapters.faults import fault, json_of
 from services.execution.errors import AttemptFailed
 from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt
 from services.runtime.errors import Reason
@@ -111,7 +111,7 @@ class _Script:
             return str(self.values["text"])
         wanted = self.conversation.response_format
         if wanted.kind == conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA:
-            return orjson.dumps(example(orjson.loads(wanted.json_schema), self.prompt)).decode()
+            return orjson.dumps(example(json_of(wanted.json_schema, "conversation.response_format"), self.prompt)).decode()
         if wanted.kind == conversation_pb2.RESPONSE_FORMAT_KIND_JSON_OBJECT:
             return orjson.dumps({"echo": self.prompt}).decode()
         if "refusal" in self.values or "tool_calls" in self.values:
@@ -199,7 +199,11 @@ class EchoProvider:
             if breaks is not None and index >= breaks:
                 raise AttemptFailed(Reason.PROVIDER_STREAM_BROKEN, "the scripted break of the stream")
             if index and wait:
-                await asyncio.sleep(wait)
+                try:
+                    async with asyncio.timeout_at(prompt.deadline):
+                        await asyncio.sleep(wait)
+                except TimeoutError:
+                    raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time") from None
             yield execution_service_pb2.DeltaBatch(deltas=[delta])
         yield Completed(answer)
 

@@ -44,7 +44,7 @@ FINISH_REASONS: Final[Mapping[int, str]] = MappingProxyType(
     }
 )
 
-_EFFORTS: Final[Mapping[str, conversation_pb2.ReasoningEffort]] = MappingProxyType(
+_EFFORTS: Final[Mapping[str, conversation_pb2.ReasoningEffort.ValueType]] = MappingProxyType(
     {
         "none": conversation_pb2.REASONING_EFFORT_NONE,
         "minimal": conversation_pb2.REASONING_EFFORT_MINIMAL,
@@ -478,7 +478,7 @@ def _verbosity(call: ChatCall, value: object) -> None:
         raise FieldUnsupported("verbosity", "may be medium only")
 
 
-_TOOL_CHOICES: Final[Mapping[str, conversation_pb2.ToolChoiceMode]] = MappingProxyType(
+_TOOL_CHOICES: Final[Mapping[str, conversation_pb2.ToolChoiceMode.ValueType]] = MappingProxyType(
     {
         "auto": conversation_pb2.TOOL_CHOICE_MODE_AUTO,
         "none": conversation_pb2.TOOL_CHOICE_MODE_NONE,

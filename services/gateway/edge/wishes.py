@@ -36,7 +36,7 @@ PREFIX: Final = b"x-sluice-"
 _DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)?")
 _SECONDS: Final[Mapping[str, float]] = MappingProxyType({"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0})
 
-TASK_TYPES: Final[Mapping[str, receipt_pb2.TaskType]] = MappingProxyType(
+TASK_TYPES: Final[Mapping[str, receipt_pb2.TaskType.ValueType]] = MappingProxyType(
     {
         "simple": receipt_pb2.TASK_TYPE_SIMPLE,
         "reasoning": receipt_pb2.TASK_TYPE_REASONING,
@@ -44,7 +44,7 @@ TASK_TYPES: Final[Mapping[str, receipt_pb2.TaskType]] = MappingProxyType(
         "vision": receipt_pb2.TASK_TYPE_VISION,
     }
 )
-_MODES: Final[Mapping[str, inference_service_pb2.CacheMode]] = MappingProxyType(
+_MODES: Final[Mapping[str, inference_service_pb2.CacheMode.ValueType]] = MappingProxyType(
     {
         "off": inference_service_pb2.CACHE_MODE_OFF,
         "exact": inference_service_pb2.CACHE_MODE_EXACT,

@@ -158,11 +158,14 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         self._write = _connect(path)
         self._read = _connect(path)
+        self._report = _connect(path)
         self._migrate()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._head = self._last_hash()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._readers = ThreadPoolExecutor(1, thread_name_prefix="ledger-read")
+        # What takes time in proportion to the journal has a thread of its own: no request waits behind it.
+        self._reporters = ThreadPoolExecutor(1, thread_name_prefix="ledger-report")
         self._thread.start()
 
     def close(self) -> None:
@@ -170,8 +173,10 @@ class SqliteStore:
         self._jobs.put(None)
         self._thread.join()
         self._readers.shutdown()
+        self._reporters.shutdown()
         self._write.close()
         self._read.close()
+        self._report.close()
 
     def _migrate(self) -> None:
         version = self._write.execute("PRAGMA user_version").fetchone()[0]
@@ -263,13 +268,10 @@ class SqliteStore:
         return result
 
     async def _found(self, operation: Callable[[sqlite3.Connection], T]) -> T:
-        def guarded() -> T:
-            try:
-                return operation(self._read)
-            except sqlite3.Error as error:
-                raise StoreUnavailable from error
+        return await asyncio.get_running_loop().run_in_executor(self._readers, _guarded, operation, self._read)
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, guarded)
+    async def _reported(self, operation: Callable[[sqlite3.Connection], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._reporters, _guarded, operation, self._report)
 
     # Store.
 
@@ -634,7 +636,7 @@ class SqliteStore:
                 if row[count]
             ]
 
-        return await self._found(operation)
+        return await self._reported(operation)
 
     async def entries(self, tenant_id: str, operation_id: str, before: int | None, limit: int) -> list[Posted]:
         """See Store."""
@@ -646,11 +648,20 @@ class SqliteStore:
                 values.append(value)
         wanted = f"WHERE {' AND '.join(where)}" if where else ""
         statement = f"SELECT sequence, {_ENTRY_COLUMNS} FROM journal {wanted} ORDER BY sequence DESC LIMIT ?"
-        return await self._found(lambda c: [Posted(row[0], Entry(*row[1:])) for row in c.execute(statement, (*values, limit))])
+        return await self._reported(
+            lambda c: [Posted(row[0], Entry(*row[1:])) for row in c.execute(statement, (*values, limit))]
+        )
 
     async def verify(self) -> Verdict:
         """See Store."""
-        return await self._found(_verify)
+        return await self._reported(_verify)
+
+
+def _guarded(operation: Callable[[sqlite3.Connection], T], connection: sqlite3.Connection) -> T:
+    try:
+        return operation(connection)
+    except sqlite3.Error as error:
+        raise StoreUnavailable from error
 
 
 def _resolve(jobs: list[_Job]) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 import tempfile
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 from hypothesis import settings
 
 from services.metering.adapters.sqlite import open_store
-from services.metering.ports import Store
+from services.metering.errors import NotFound
+from services.metering.ports import Store, UsageFilter
 from tests.conformance.ledger.machine import LedgerMachine
 from tests.conformance.ledger.suite import Database, LedgerSuite
 
@@ -58,7 +61,7 @@ class SqliteMachine(LedgerMachine):
         return SqliteDatabase(Path(resources.enter_context(tempfile.TemporaryDirectory())))
 
 
-class TestSqliteMachine(SqliteMachine.TestCase):  # type: ignore[name-defined,misc]  # made by hypothesis at run time
+class TestSqliteMachine(SqliteMachine.TestCase):  # type: ignore[valid-type,misc]  # made by hypothesis at run time
     # The same examples every time, so that a run of the suite says the same twice.
     settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None)
 
@@ -78,6 +81,29 @@ async def test_a_ledger_of_a_newer_version_is_not_touched(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="schema version 2"):
         async with open_store(tmp_path):
             pass
+
+
+async def test_requests_do_not_wait_behind_reports(tmp_path: Path) -> None:
+    """A report takes time in proportion to the journal; a key must be found meanwhile."""
+    async with open_store(tmp_path) as store:
+        long_report = threading.Event()
+        busy = store._reporters.submit(long_report.wait, 30)
+        reports = [
+            asyncio.create_task(report)
+            for report in (store.verify(), store.usage(UsageFilter(), [], 0, 1), store.entries("", "", None, 1))
+        ]
+        try:
+            await store.ping()
+            assert await store.chain_by_digest(bytes(32)) is None
+            assert await store.chain_by_key("nobody") is None
+            assert await store.expire(0.0) == 0
+            with pytest.raises(NotFound):
+                await store.void_hold("nobody")
+            assert not any(report.done() for report in reports)
+        finally:
+            long_report.set()
+        await asyncio.gather(*reports)
+        assert busy.result()
 
 
 async def test_commits_are_synced_to_the_disk(tmp_path: Path) -> None:

@@ -187,11 +187,12 @@ async def test_near_the_end_of_a_budget_no_slices_are_granted(store: Store, cloc
     full = await leases.acquire(wish(1, nano_usd=800))
     assert full.nano_usd == 800
     assert [(one.kind, one.limit, one.remaining) for one in full.standings] == [("budget", 10_000, 9200)]
-    await store.post([examples.settlement("op-1/1", amount=6500)])
-    # 2,700 are left: one replica might have 700 of them, two may have none.
-    assert (await leases.acquire(wish(1, nano_usd=800, replica="r-2"))).nano_usd == 0
+    await store.post([examples.settlement("op-1/1", amount=6900)])
+    # 2,300 are left: of a slice of 400, 1,900 would stay. One replica must leave 1,000, two 2,000.
+    assert (await leases.acquire(wish(1, nano_usd=400, replica="r-2"))).nano_usd == 0
+    # A replica that asks no more is forgotten after two leases' time.
     clock.time += 61
-    assert (await leases.acquire(wish(2, nano_usd=400, replica="r-1"))).nano_usd == 400
+    assert (await leases.acquire(wish(2, nano_usd=400, replica="r-2"))).nano_usd == 400
 
 
 async def test_many_replicas_that_ask_at_once_never_get_more_than_the_budget(store: Store, clock: Clock) -> None:

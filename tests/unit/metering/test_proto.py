@@ -196,7 +196,7 @@ def test_limits_round_trip_absent_zero_and_unlimited() -> None:
 )  # fmt: skip
 def test_limits_below_their_least_are_refused(field: str, value: int) -> None:
     with refused_field(f"limits.{field}"):
-        proto.limits_from_proto(tenancy_service_pb2.Limits(**{field: value}))  # type: ignore[arg-type]  # all are integers
+        proto.limits_from_proto(tenancy_service_pb2.Limits(**{field: value}))
 
 
 def test_a_price_keeps_what_is_absent_absent() -> None:

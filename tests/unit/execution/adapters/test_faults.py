@@ -83,7 +83,9 @@ def test_the_key_is_never_among_the_words() -> None:
     assert "sk-" not in fault(400, {}, body, secret="sk-1234").message
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"null", b"[]", b'"x"', b'{"error": null}', b'{"error": {"message": 3}}', b"\xff"])
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"null", b"[]", b'"x"', b'{"error": null}', b'{"error": {"message": 3}}', b"\xff"]
+)
 def test_any_body_is_borne(body: bytes) -> None:
     assert fault(400, {}, body).message == "the provider refused the request with status 400"
     assert fault(500, {}, body).reason is Reason.PROVIDER_UNAVAILABLE

@@ -1,0 +1,479 @@
+"""The chain of attempts, over real sockets and a real spool."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+
+from services.execution.attempts import lost
+from services.execution.breaker import State
+from services.execution.errors import AllFailed, AttemptFailed, SpoolFull
+from services.execution.spool import Spool
+from services.runtime.errors import Failure, Reason
+from sluice.errors.v1 import error_reason_pb2
+from sluice.execution.v1 import execution_service_pb2 as pb2
+from sluice.inference.v1 import answer_pb2, receipt_pb2
+from sluice.metering.v1 import metering_service_pb2
+from tests.unit.execution.adapters.recorded import OPENAI_WHOLE, RECORDED, TEXT, events, openai_chunk
+from tests.unit.execution.examples import billing, candidate, conversation, heard, price, texts
+from tests.unit.execution.upstream import PATIENCE, Exchange, Reply, chunk, chunked, document, hangs
+from tests.unit.execution.world import World, outcomes, world
+
+OPENAI: Final = RECORDED["openai"]
+good: Final = document(OPENAI_WHOLE)
+streams: Final = chunked([OPENAI.stream])
+COST: Final = 40 * 1000 + 30 * 2000
+"""Nano-dollars of the recorded answer: it has 40 tokens in, at the same price cached or not, and 30 out."""
+
+
+def fails(status: int, **headers: str) -> Any:
+    return document({"error": {"message": "scripted", "type": "x"}}, status, **headers)
+
+
+async def resets(exchange: Exchange) -> None:
+    exchange.reset()
+
+
+async def begins_and_breaks(exchange: Exchange) -> None:
+    await chunked([OPENAI.beginning], ends=False)(exchange)
+
+
+async def begins_and_hangs(exchange: Exchange) -> None:
+    await exchange.send(Reply().head(("transfer-encoding", "chunked")), chunk(OPENAI.beginning))
+    await exchange.gone()
+
+
+async def run(made: World, *providers: str, streaming: bool, **fields: Any) -> tuple[Any, answer_pb2.Answer]:
+    """The operation and its answer."""
+    if streaming:
+        operation = made.stream(*providers, **fields)
+        pieces = operation.stream()
+        opened = await anext(pieces)
+        assert opened.attempt_id == f"op/{operation._number}"
+        got = await heard(pieces)
+        return operation, got.answer
+    operation = made.operation(*providers, **fields)
+    return operation, (await operation.complete()).answer
+
+
+@pytest.fixture(params=[False, True], ids=["unary", "stream"])
+def streaming(request: pytest.FixtureRequest) -> bool:
+    """Whole answers and streams."""
+    return bool(request.param)
+
+
+def answering(streaming: bool) -> Any:
+    return streams if streaming else good
+
+
+async def test_the_first_candidate_that_answers_is_the_last_that_is_asked(tmp_path: Path, streaming: bool) -> None:
+    async with world(tmp_path, a=fails(500), b=fails(529), c=answering(streaming), d=answering(streaming)) as made:
+        operation, answer = await run(made, "a", "b", "c", "d", streaming=streaming)
+        settled = await made.settled()
+        assert [made.asked(name) for name in "abcd"] == [1, 1, 1, 0]
+    assert texts(answer) == TEXT
+    assert answer.model == "c/m"
+    expected = [("op/1", "a", "FAILED"), ("op/2", "b", "FAILED"), ("op/3", "c", "SUCCEEDED")]
+    assert outcomes(operation.attempts) == expected
+    assert [attempt.provider_status for attempt in operation.attempts] == [500, 529, 200]
+    assert [attempt.cost_nano_usd for attempt in operation.attempts] == [0, 0, COST]
+    assert (operation.cost, operation.price_version) == (COST, "p1")
+    # The ledger hears of each attempt once, and which is the last.
+    assert [(one.attempt_id, one.cost_nano_usd, one.is_final) for one in settled] == [
+        ("op/1", 0, False),
+        ("op/2", 0, False),
+        ("op/3", COST, True),
+    ]
+    assert {(one.operation_id, one.tenant_id, one.project_id, one.key_id, one.lease_id) for one in settled} == {
+        ("op", "t", "p", "k", "l")
+    }
+    assert settled[2].usage.input_token_count == 40
+    # So does routing.
+    assert [report.model for report in made.reports] == ["a/m", "b/m", "c/m"]
+    assert made.reports[2].HasField("first_token_duration") == streaming
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_a_fault_of_the_caller_ends_the_chain(tmp_path: Path, streaming: bool, status: int) -> None:
+    async with world(tmp_path, a=fails(status), b=answering(streaming)) as made:
+        for _ in range(30):
+            with pytest.raises(AttemptFailed) as caught:
+                await run(made, "a", "b", streaming=streaming)
+            assert caught.value.reason is Reason.PROVIDER_REJECTED
+            assert "scripted" in caught.value.message
+        assert made.asked("b") == 0
+        # T15: nor does it ever open a breaker.
+        assert made.asked("a") == 30
+        assert {target.breaker.state for target in made.targets} == {State.CLOSED}
+        assert {one.is_final for one in await made.settled()} == {True}
+
+
+async def test_when_all_fail_the_failure_names_each_and_the_shortest_wait(tmp_path: Path, streaming: bool) -> None:
+    async with world(tmp_path, a=fails(429, retry_after="9"), b=fails(401), c=fails(503, retry_after="4")) as made:
+        with pytest.raises(AllFailed) as caught:
+            await run(made, "a", "b", "c", "nowhere", streaming=streaming)
+        settled = await made.settled()
+    failure = caught.value
+    assert failure.reason is Reason.ALL_CANDIDATES_FAILED
+    assert failure.metadata == {
+        "attempt/1": "a/m PROVIDER_RATE_LIMITED",
+        "attempt/2": "b/m PROVIDER_AUTHENTICATION",
+        "attempt/3": "c/m PROVIDER_OVERLOADED",
+        "attempt/4": "nowhere/m PROVIDER_UNAVAILABLE",
+    }
+    assert failure.retry_delay == 4.0
+    # What was never called has no record in the ledger.
+    assert [one.attempt_id for one in settled] == ["op/1", "op/2", "op/3"]
+
+
+async def test_the_failures_metadata_is_bounded(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        with pytest.raises(AllFailed) as caught:
+            await made.operation(*(f"x{number}" for number in range(16))).complete()
+    assert len(caught.value.metadata) == 12
+
+
+async def test_retry_after_keeps_the_provider_uncalled_for_as_long(tmp_path: Path, streaming: bool) -> None:
+    async with world(tmp_path, a=[fails(429, retry_after="7"), answering(streaming)]) as made:
+        for expected in (Reason.PROVIDER_RATE_LIMITED, Reason.BREAKER_OPEN, Reason.BREAKER_OPEN):
+            with pytest.raises(AllFailed) as caught:
+                await run(made, "a", streaming=streaming)
+            assert caught.value.metadata == {"attempt/1": f"a/m {expected.value}"}
+            assert caught.value.retry_delay == 7.0
+        made.clock.now += 6.9
+        with pytest.raises(AllFailed):
+            await run(made, "a", streaming=streaming)
+        assert made.asked("a") == 1
+        made.clock.now += 0.2
+        await run(made, "a", streaming=streaming)
+        assert made.asked("a") == 2
+
+
+async def test_a_provider_that_is_down_is_called_five_times_and_then_probed_once_per_cooldown(tmp_path: Path) -> None:
+    async with world(tmp_path, a=fails(500), b=good) as made:
+        for number in range(50):
+            operation = made.operation("a", "b", operation_id=f"op{number}")
+            await operation.complete()
+        assert made.asked("a") == 5
+        assert made.asked("b") == 50
+        assert outcomes(operation.attempts) == [("op49/-", "a", "NOT_SENT"), ("op49/1", "b", "SUCCEEDED")]
+        assert operation.attempts[0].error_reason == error_reason_pb2.ERROR_REASON_BREAKER_OPEN
+        made.clock.now += 36.0
+        for _ in range(10):
+            await made.operation("a", "b").complete()
+        assert made.asked("a") == 6
+        # It recovers: one call at a time, three successes, and traffic is back.
+        made.servers["a"].plays(good)
+        made.clock.now += 72.0
+        for _ in range(10):
+            await made.operation("a", "b").complete()
+        assert made.asked("a") == 16
+
+
+async def test_half_open_passes_one_call_at_a_time(tmp_path: Path) -> None:
+    async with world(tmp_path, a=fails(500), b=good) as made:
+        for _ in range(5):
+            await made.operation("a", "b").complete()
+        made.servers["a"].plays(hangs)
+        made.servers["a"].asked.clear()
+        made.clock.now += 36.0
+        probe = asyncio.create_task(made.operation("a", "b").complete())
+        await made.servers["a"].asked.wait()
+        await asyncio.gather(*(made.operation("a", "b").complete() for _ in range(10)))
+        assert made.asked("a") == 6
+        # A probe whose caller leaves frees the place of the next.
+        probe.cancel()
+        await asyncio.gather(probe, return_exceptions=True)
+        made.servers["a"].plays(good)
+        await made.operation("a", "b").complete()
+        assert made.asked("a") == 7
+
+
+async def test_a_breaker_belongs_to_a_model_and_a_credential(tmp_path: Path) -> None:
+    async with world(tmp_path, a=fails(401), b=good) as made:
+        for _ in range(6):
+            await made.operation("a", "b").complete()
+        assert made.asked("a") == 5
+        await made.operation(candidates=[candidate("a", "a/other"), candidate("b")]).complete()
+        assert made.asked("a") == 6
+        made.targets.providers["a"].credential = "env:another"  # type: ignore[misc]  # as a changed catalogue makes it
+        await made.operation("a", "b").complete()
+        assert made.asked("a") == 7
+
+
+async def test_a_stale_connection_gets_the_same_candidate_a_second_recorded_attempt(tmp_path: Path, streaming: bool) -> None:
+    answers = answering(streaming)
+    async with world(tmp_path, a=[answers, resets, answers], b=answers) as made:
+        await run(made, "a", "b", streaming=streaming)
+        operation, _ = await run(made, "a", "b", streaming=streaming)
+        settled = await made.settled()
+        assert (made.asked("a"), made.asked("b")) == (3, 0)
+        # A connection that was kept too long says nothing about the provider.
+        assert [target.breaker._consecutive for target in made.targets] == [0]
+    assert outcomes(operation.attempts) == [("op/1", "a", "FAILED"), ("op/2", "a", "SUCCEEDED")]
+    assert [one.is_final for one in settled[1:]] == [False, True]
+
+
+async def test_stale_connections_never_open_a_breaker(tmp_path: Path) -> None:
+    async with world(tmp_path, a=good) as made:
+        for _ in range(12):
+            await made.operation("a").complete()
+            made.servers["a"].plays(resets, good)
+        assert {target.breaker.state for target in made.targets} == {State.CLOSED}
+
+
+async def test_a_fresh_connection_that_dies_is_not_tried_again(tmp_path: Path, streaming: bool) -> None:
+    async with world(tmp_path, a=resets, b=answering(streaming)) as made:
+        operation, _ = await run(made, "a", "b", streaming=streaming)
+        assert (made.asked("a"), made.asked("b")) == (1, 1)
+    assert outcomes(operation.attempts) == [("op/1", "a", "FAILED"), ("op/2", "b", "SUCCEEDED")]
+
+
+async def test_a_stale_connection_of_the_last_candidate_does_not_end_the_operation(tmp_path: Path) -> None:
+    async with world(tmp_path, a=[good, resets]) as made:
+        await made.operation("a").complete()
+        with pytest.raises(AllFailed):
+            await made.operation("a", operation_id="second").complete()
+        settled = (await made.settled())[1:]
+    assert [(one.attempt_id, one.is_final) for one in settled] == [("second/1", False), ("second/2", True)]
+
+
+async def test_the_deadline_is_spent_across_the_attempts(tmp_path: Path, streaming: bool) -> None:
+    limit = Duration(nanos=100_000_000)
+    plan = [candidate("a", attempt_timeout=limit), candidate("b", attempt_timeout=limit), candidate("c")]
+    async with world(tmp_path, a=hangs, b=hangs, c=answering(streaming)) as made:
+        operation, _ = await run(made, streaming=streaming, candidates=plan, seconds=PATIENCE)
+    assert outcomes(operation.attempts) == [("op/1", "a", "FAILED"), ("op/2", "b", "FAILED"), ("op/3", "c", "SUCCEEDED")]
+    assert operation.attempts[0].error_reason == error_reason_pb2.ERROR_REASON_PROVIDER_TIMEOUT
+
+
+async def test_no_attempt_is_sent_after_the_deadline(tmp_path: Path, streaming: bool) -> None:
+    async with world(tmp_path, a=hangs, b=answering(streaming)) as made:
+        with pytest.raises(Failure) as caught:
+            await run(made, "a", "b", streaming=streaming, seconds=0.15)
+        assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+        assert (made.asked("a"), made.asked("b")) == (1, 0)
+        settled = await made.settled()
+        assert [one.outcome for one in settled] == [
+            receipt_pb2.ATTEMPT_OUTCOME_FAILED,
+            receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT,
+        ]
+        async with asyncio.timeout(PATIENCE):
+            await made.servers["a"].ended[0].wait()
+        # Nor when it has passed before the first.
+        with pytest.raises(Failure) as caught:
+            await run(made, "b", streaming=streaming, seconds=0.0, operation_id="late")
+        assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+        assert made.asked("b") == 0
+        assert all(target.breaker.in_flight == 0 for target in made.targets)
+
+
+async def test_the_last_candidate_has_all_the_time_that_is_left(tmp_path: Path) -> None:
+    async def waits(exchange: Exchange) -> None:
+        await asyncio.sleep(0.15)
+        await good(exchange)
+
+    plan = [candidate("a", attempt_timeout=Duration(nanos=50_000_000))]
+    async with world(tmp_path, a=waits) as made:
+        operation, _ = await run(made, streaming=False, candidates=plan)
+    assert outcomes(operation.attempts) == [("op/1", "a", "SUCCEEDED")]
+
+
+@pytest.mark.parametrize("wire", [0, pb2.WIRE_FORMAT_OPENAI_CHAT])
+@pytest.mark.parametrize(
+    "script", [begins_and_breaks, chunked([OPENAI.beginning, OPENAI.error]), chunked([OPENAI.beginning])], ids=["cut", "error", "end"]
+)
+async def test_after_the_first_token_no_other_candidate_is_tried(tmp_path: Path, wire: int, script: Any) -> None:
+    async with world(tmp_path, a=script, b=streams) as made:
+        operation = made.stream("a", "b", accepted_wire=wire, input_count={"token_count": 11})
+        seen: list[Any] = []
+        with pytest.raises(AttemptFailed) as caught:
+            async for piece in operation.stream():
+                seen.append(piece)
+        assert made.asked("b") == 0
+        assert isinstance(seen[0], pb2.CompletionOpened)
+        assert (seen[0].attempt_id, seen[0].model, seen[0].is_wire) == ("op/1", "a/m", bool(wire))
+        assert len(seen) == 2
+        [settled] = await made.settled()
+    assert not isinstance(caught.value, AllFailed)
+    assert outcomes(operation.attempts) == [("op/1", "a", "BROKEN")]
+    # What was produced is paid for, by our own count, and marked so.
+    assert settled.usage.source == answer_pb2.USAGE_SOURCE_ESTIMATED
+    assert (settled.usage.input_token_count, settled.usage.output_token_count) == (11, 1)
+    assert settled.cost_nano_usd == operation.cost == 13_000
+    assert settled.is_final
+
+
+async def test_before_the_first_token_another_candidate_is_tried(tmp_path: Path) -> None:
+    broken = chunked([b": ping\n\n"], ends=False)
+    empty = chunked([])
+    async with world(tmp_path, a=broken, b=empty, c=chunked([OPENAI.error]), d=streams) as made:
+        operation, _ = await run(made, "a", "b", "c", "d", streaming=True)
+    assert [outcome for _, _, outcome in outcomes(operation.attempts)] == ["FAILED", "FAILED", "FAILED", "SUCCEEDED"]
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+async def test_a_caller_that_leaves_a_stream_finds_it_settled_and_closed(tmp_path: Path, how: str) -> None:
+    async with world(tmp_path, a=begins_and_hangs) as made:
+        operation = made.stream("a", input_count={"token_count": 11})
+        pieces = operation.stream()
+        await anext(pieces)
+        await anext(pieces)
+        if how == "close":
+            await pieces.aclose()  # type: ignore[attr-defined]  # an async generator
+        else:
+            waiting = asyncio.ensure_future(anext(pieces))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        # At once, not some turns of the loop later: the process may be about to end.
+        assert outcomes(operation.attempts) == [("op/1", "a", "CANCELLED")]
+        assert made.spool.backlog == 1
+        [target] = made.targets
+        assert target.breaker.in_flight == 0
+        async with asyncio.timeout(PATIENCE):
+            await made.servers["a"].ended[0].wait()
+        [settled] = await made.settled()
+        assert settled.cost_nano_usd == 13_000
+        assert settled.error_reason == error_reason_pb2.ERROR_REASON_CANCELLED
+
+
+async def test_a_caller_that_leaves_before_an_answer_closes_the_socket_and_settles(tmp_path: Path, streaming: bool) -> None:
+    async with world(tmp_path, a=hangs, b=answering(streaming)) as made:
+        task = asyncio.create_task(run(made, "a", "b", streaming=streaming))
+        await made.servers["a"].asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(PATIENCE):
+            await made.servers["a"].ended[0].wait()
+        [settled] = await made.settled()
+        assert settled.outcome == receipt_pb2.ATTEMPT_OUTCOME_CANCELLED
+        assert (settled.cost_nano_usd, settled.is_final) == (0, True)
+        assert made.asked("b") == 0
+
+
+async def test_a_fault_of_ours_settles_too(tmp_path: Path, streaming: bool) -> None:
+    class Faulty:
+        kind, address, wire, credential = "faulty", "", 0, ""
+
+        async def complete(self, prompt: Any) -> Any:
+            raise ZeroDivisionError
+
+        async def stream(self, prompt: Any) -> Any:
+            raise ZeroDivisionError
+            yield
+
+        async def embed(self, prompt: Any) -> Any:
+            raise ZeroDivisionError
+
+    async with world(tmp_path) as made:
+        made.targets.use({"f": Faulty()})  # type: ignore[dict-item]  # a provider with a fault
+        for kind in (pb2.EmbedRequest, pb2.CompleteRequest):
+            operation = made.operation("f", kind=kind)
+            with pytest.raises(ZeroDivisionError):
+                await (operation.embed() if kind is pb2.EmbedRequest else run(made, "f", streaming=streaming))
+        settled = await made.settled()
+        assert [one.outcome for one in settled] == [receipt_pb2.ATTEMPT_OUTCOME_FAILED] * 2
+        assert [one.error_reason for one in settled] == [error_reason_pb2.ERROR_REASON_INTERNAL] * 2
+        assert all(target.breaker.in_flight == 0 for target in made.targets)
+
+
+async def test_an_attempt_is_recorded_before_it_is_sent(tmp_path: Path) -> None:
+    async with world(tmp_path / "one", a=hangs) as made:
+        task = asyncio.create_task(made.operation("a").complete())
+        await made.servers["a"].asked.wait()
+        [left] = (tmp_path / "one").glob("*.spool")
+        # As another process would find it after a crash.
+        (tmp_path / "two").mkdir()
+        (tmp_path / "two" / left.name).write_bytes(left.read_bytes())
+        posted: list[Any] = []
+
+        async def post(records: Any) -> None:
+            posted.extend(records)
+
+        spool = Spool(tmp_path / "two", post, group_seconds=0.0005, segment_bytes=1 << 20, most_bytes=1 << 24)
+        assert spool.open(metering_service_pb2.Settlement.FromString, lost) == 1
+        await spool._post_some()
+        spool.close()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    [record] = posted
+    assert (record.attempt_id, record.provider, record.tenant_id) == ("op/1", "a", "t")
+    assert record.outcome == receipt_pb2.ATTEMPT_OUTCOME_LOST
+    assert record.payer == metering_service_pb2.PAYER_PLATFORM
+    assert record.is_final
+
+
+async def test_nothing_is_sent_when_it_can_t_be_recorded(tmp_path: Path, streaming: bool) -> None:
+    async with world(tmp_path, a=answering(streaming)) as made:
+        made.spool._bytes = 1 << 40
+        with pytest.raises(SpoolFull):
+            await run(made, "a", streaming=streaming)
+        assert made.asked("a") == 0
+        assert all(target.breaker.in_flight == 0 for target in made.targets)
+
+
+async def test_usage_that_is_not_reported_is_estimated_on_the_high_side(tmp_path: Path, streaming: bool) -> None:
+    content = "日本語のテキスト" * 10
+    whole = {"id": "x", "choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
+    piece = events(openai_chunk({"content": content}, "stop"), b"data: [DONE]")
+    async with world(tmp_path, a=chunked([piece]) if streaming else document(whole)) as made:
+        operation, answer = await run(made, "a", streaming=streaming, input_count={"token_count": 11})
+    assert answer.usage.source == answer_pb2.USAGE_SOURCE_ESTIMATED
+    assert answer.usage.input_token_count == 11
+    # A token for every three bytes, which for this script is one for each character; never one for three characters.
+    assert answer.usage.output_token_count >= len(content)
+    assert operation.cost == 11 * 1000 + answer.usage.output_token_count * 2000
+
+
+async def test_a_stream_that_passes_its_hold_is_cut(tmp_path: Path) -> None:
+    many = [events(openai_chunk({"content": "x"})) for _ in range(200)]
+    talk = conversation(max_output_tokens=10)
+    async with world(tmp_path, a=chunked(many)) as made:
+        operation = made.stream("a", conversation=talk, billing=billing(hold_nano_usd=1), input_count={"token_count": 5})
+        pieces = operation.stream()
+        await anext(pieces)
+        got = await heard(pieces)
+        assert got.answer.finish_reason == answer_pb2.FINISH_REASON_BUDGET
+        assert got.answer.usage.output_token_count < 200
+        assert len(got.deltas) == got.answer.usage.output_token_count
+        async with asyncio.timeout(PATIENCE):
+            await made.servers["a"].ended[0].wait()
+        [settled] = await made.settled()
+        assert settled.usage == got.answer.usage
+
+
+async def test_a_candidate_without_a_price_costs_nothing_and_says_no_version(tmp_path: Path) -> None:
+    plan = [candidate("a")]
+    plan[0].ClearField("price")
+    async with world(tmp_path, a=good) as made:
+        operation, _ = await run(made, streaming=False, candidates=plan)
+        [settled] = await made.settled()
+    assert (operation.cost, operation.price_version, settled.price_version) == (0, "", "")
+
+
+async def test_each_candidate_is_charged_at_its_own_price(tmp_path: Path) -> None:
+    plan = [candidate("a"), candidate("b")]
+    plan[1].price.CopyFrom(price("p2", request_nano_usd=5))
+    async with world(tmp_path, a=fails(500), b=good) as made:
+        operation, _ = await run(made, streaming=False, candidates=plan)
+    assert (operation.cost, operation.price_version) == (COST + 5, "p2")
+
+
+async def test_embeddings_fall_back_too_and_are_estimated_when_they_report_nothing(tmp_path: Path) -> None:
+    rows = {"data": [{"index": 0, "embedding": [0.5]}]}
+    async with world(tmp_path, a=fails(500), b=document(rows), c=fails(400)) as made:
+        operation = made.operation("a", "b", kind=pb2.EmbedRequest, inputs=["some text"])
+        embedded, model = await operation.embed()
+        assert (list(embedded.vectors[0]), model) == ([0.5], "b/m")
+        assert embedded.usage.source == answer_pb2.USAGE_SOURCE_ESTIMATED
+        assert embedded.usage.input_token_count == 4
+        assert outcomes(operation.attempts) == [("op/1", "a", "FAILED"), ("op/2", "b", "SUCCEEDED")]
+        with pytest.raises(AttemptFailed) as caught:
+            await made.operation("c", "b", kind=pb2.EmbedRequest).embed()
+        assert caught.value.reason is Reason.PROVIDER_REJECTED
