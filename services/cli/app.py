@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated, NoReturn
 
@@ -19,6 +20,7 @@ from services.cli.rendering import (
     print_table,
 )
 from services.cli.session import JsonOption, KeyOption, Session, StateDirOption, TimeoutOption
+from services.cli.state import READY_NAME, Ready, default_state_dir
 from services.runtime.config import ConfigError
 from services.runtime.errors import Failure, invalid
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
@@ -57,6 +59,25 @@ def _wishes(cache: str) -> inference_service_pb2.CacheWishes:
 
 def _message(role: conversation_pb2.Role.ValueType, text: str) -> conversation_pb2.Message:
     return conversation_pb2.Message(role=role, parts=[conversation_pb2.Part(text=text)])
+
+
+@app.command("env")
+def environment(state_dir: StateDirOption = None) -> None:
+    """Prints addresses and key of the running `up` as shell exports: eval "$(sluice env)"."""
+    ready = Ready.read((state_dir or default_state_dir()) / READY_NAME)
+    values = {
+        "SLUICE_URL": ready.http,
+        "SLUICE_KEY": ready.key,
+        "SLUICE_ADMIN_KEY": ready.admin_key,
+        # What the SDKs of OpenAI and Anthropic read by themselves.
+        "OPENAI_BASE_URL": f"{ready.http}/v1",
+        "OPENAI_API_KEY": ready.key,
+        "ANTHROPIC_BASE_URL": ready.http,
+        "ANTHROPIC_API_KEY": ready.key,
+        **{f"SLUICE_{name.upper().replace('-', '_')}": address for name, address in ready.grpc.items()},
+    }
+    for name, value in values.items():
+        typer.echo(f"export {name}={shlex.quote(value)}")
 
 
 @app.command()

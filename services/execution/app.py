@@ -155,6 +155,8 @@ class _Providers:
             idle_timeout=self._config.idle_timeout,
             kind="local",
             limit_field="max_tokens",
+            # llama.cpp closes after each stream without a header that says so.
+            keep_streams=False,
         )
 
     async def close(self) -> None:

@@ -130,7 +130,11 @@ def _is_address(base: str) -> bool:
     try:
         parts = urlsplit(base)
         return bool(
-            parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and not parts.query and parts.port != 0
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and "@" not in parts.netloc
+            and not parts.query
+            and parts.port != 0
         )
     except ValueError:
         # A port out of range, a broken IPv6 address.
@@ -138,7 +142,11 @@ def _is_address(base: str) -> bool:
 
 
 def _header(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and bool(re.fullmatch(r"[A-Za-z0-9-]+", name)) and bool(re.fullmatch(r"[\t\x20-\x7e]*", str(value)))
+    return (
+        isinstance(name, str)
+        and bool(re.fullmatch(r"[A-Za-z0-9-]+", name))
+        and bool(re.fullmatch(r"[\t\x20-\x7e]*", str(value)))
+    )
 
 
 def read_credential(source: str, environ: Mapping[str, str] = os.environ) -> str:

@@ -43,6 +43,7 @@ OTHER_SECTIONS: Final = (*SERVICES, "mesh", "cli")
 
 _FIRST_PING_SECONDS: Final = 0.1
 _LAG_SECONDS: Final = 0.5
+_CANCEL_SECONDS: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,8 +217,7 @@ async def run_services(
             for task in watches:
                 task.cancel()
             await _drain(services, [server for server, _ in servers], settings, log)
-            for task in background:
-                task.cancel()
+            await _end(background)
     log.info("stopped")
 
 
@@ -307,6 +307,15 @@ async def _drain(services: Sequence[Service], servers: Sequence[GrpcServer], set
             log.error("drain failed", service=service.name, exc_info=error)
     grace = max(0.5, min(settings.drain_grace, end - loop.time()))
     await asyncio.gather(*(server.stop(grace) for server in servers))
+
+
+async def _end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancels until all have ended: before Python 3.12 `asyncio.wait_for`, which nats-py waits with, may swallow a cancellation."""
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_CANCEL_SECONDS)
 
 
 async def _measure_lag(process: Process) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"--only {' '.join(given.only)} names no scenario; there are {names}", markup=False)
         return 2
     plan = SHORT if given.short else FULL
+    if given.profile is not None:
+        plan = replace(plan, rounds=1)
     figures: list[Figure] = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
@@ -75,7 +77,7 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round to FILE")
     parser.add_argument(
-        "--profile", type=Path, metavar="DIR", help="write a flame graph per scenario and round; the figures suffer from it"
+        "--profile", type=Path, metavar="DIR", help="write a flame graph per scenario, of one round; the figures suffer"
     )
     parser.add_argument("--strict", action="store_true", help="exit 1 when a figure is short or void")
     return parser.parse_args(arguments)
@@ -105,8 +107,8 @@ def table(figures: Sequence[Figure]) -> Table:
     made.add_column("scenario", no_wrap=True)
     for heading in ("n", "µs a request", "µs a chunk", "bare", "ratio", "mark", "goal"):
         made.add_column(heading, justify="right", no_wrap=True)
-    made.add_column("")
-    made.add_column("note", overflow="fold")
+    made.add_column("", no_wrap=True, min_width=5)
+    made.add_column("note", overflow="fold", min_width=4)
     for figure in figures:
         if figure.void or not figure.rounds:
             made.add_row(figure.name, *[""] * 5, figure.mark.text, figure.goal.text, figure.verdict, figure.note)

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.cli.state import Ready
 from services.runtime.errors import Failure
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
 from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -41,9 +42,9 @@ _GRPC_CALLERS: Final = 2
 _RECONNECT: Final = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
 
 
-def ask(started: Running) -> None:
+def ask(ready: Ready) -> None:
     """One proper request over HTTP. AssertionError with the answer when it isn't answered."""
-    said = _over_http(started, "Is anybody there?", 30.0)
+    said = _over_http(ready, "Is anybody there?", 30.0)
     assert not said, said
 
 
@@ -87,7 +88,7 @@ class Seen:
     def details(self) -> list[str]:
         """One line per kill."""
         return [
-            f"{one.name}: requests well after {one.recovery_seconds:.1f} s, serving after {one.serving_seconds:.1f} s, "
+            f"{one.name}: last failure after {one.recovery_seconds:.1f} s, serving after {one.serving_seconds:.1f} s, "
             f"health {'flipped' if one.flipped else 'did not flip'}, failed {sum(one.errors.values())}"
             + "".join(f"; {count} x {error}" for error, count in one.errors.most_common(2))
             for one in self.kills
@@ -97,8 +98,9 @@ class Seen:
 class _Load:
     """Callers that go on asking until they are told to stop."""
 
-    def __init__(self, started: Running) -> None:
-        self._started = started
+    def __init__(self, ready: Ready) -> None:
+        # As callers do: they were told the addresses once, and those stay.
+        self._ready = ready
         self._outcomes: list[Outcome] = []
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -138,10 +140,10 @@ class _Load:
             self._stop.wait(_PAUSE_SECONDS)
 
     def _http(self) -> None:
-        self._repeat(lambda text: _over_http(self._started, text, DEADLINE_SECONDS))
+        self._repeat(lambda text: _over_http(self._ready, text, DEADLINE_SECONDS))
 
     def _grpc(self) -> None:
-        ready = self._started.ready
+        ready = self._ready
         with grpc.insecure_channel(ready.grpc["gateway"], options=_RECONNECT) as channel:
             stub = InferenceServiceStub(channel)
             metadata = (("authorization", f"Bearer {ready.key}"),)
@@ -164,9 +166,8 @@ class _Load:
             self._repeat(call)
 
 
-def _over_http(started: Running, text: str, seconds: float) -> str:
+def _over_http(ready: Ready, text: str, seconds: float) -> str:
     """One request; what went wrong, empty when nothing did."""
-    ready = started.ready
     parts = urlsplit(ready.http)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=seconds + 10 * SLACK_SECONDS)
     headers = {"content-type": "application/json", "authorization": f"Bearer {ready.key}", "x-sluice-timeout": f"{seconds:g}s"}
@@ -184,7 +185,7 @@ def _over_http(started: Running, text: str, seconds: float) -> str:
 def kill_in_turn(started: Running, names: Sequence[str], step: Callable[[], None]) -> Seen:
     """Kills each of `names`, processes of the ready file, and waits after each until requests succeed again."""
     seen = Seen()
-    load = _Load(started)
+    load = _Load(started.ready)
     with load.running():
         _wait_until(lambda: len(load.outcomes()) >= 20, "the load does not start")
         for name in names:

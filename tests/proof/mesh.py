@@ -32,7 +32,7 @@ _OBSERVATIONS: Final = 200
 
 def count_equals_llama_cpp(context: Context) -> Result:
     """Asks the mesh for an answer to each conversation: its receipt has our count, its usage what llama.cpp counted."""
-    number = context.size(long=1000, short=40)
+    number = context.size(long=1000, short=20)
     seed = random.Random(20261124)
     wrong: list[str] = []
     with (
@@ -136,7 +136,7 @@ def malformed_requests(context: Context) -> Result:
             crashes += 1
             complaints.insert(0, "a process ended")
         else:
-            kills.ask(started)
+            kills.ask(started.ready)
         traces = malformed.stack_traces(started)
     measured = f"{crashes} crashes, {seen.internal} INTERNAL or 500, {len(traces) + seen.leaked} stack traces"
     return Result(number, measured, "0, 0, 0", not complaints and not traces, (*complaints, *traces))

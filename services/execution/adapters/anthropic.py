@@ -87,7 +87,9 @@ def _options(conversation: conversation_pb2.Conversation, prompt: Prompt, body: 
         {
             "name": tool.name,
             "description": tool.description,
-            "input_schema": json_of(tool.parameters_json_schema, "conversation.tools") if tool.parameters_json_schema else {"type": "object"},
+            "input_schema": json_of(tool.parameters_json_schema, "conversation.tools")
+            if tool.parameters_json_schema
+            else {"type": "object"},
         }
         for tool in conversation.tools
     ]
@@ -141,7 +143,12 @@ def _block(part: conversation_pb2.Part) -> dict[str, Any] | None:
             return {"type": "image", "source": {"type": "base64", "media_type": image.media_type or "image/png", "data": data}}
         case "tool_call":
             call = part.tool_call
-            return {"type": "tool_use", "id": call.id, "name": call.name, "input": json_of(call.arguments_json or "{}", "conversation.messages")}
+            return {
+                "type": "tool_use",
+                "id": call.id,
+                "name": call.name,
+                "input": json_of(call.arguments_json or "{}", "conversation.messages"),
+            }
         case "tool_result":
             result = part.tool_result
             block = {"type": "tool_result", "tool_use_id": result.tool_call_id, "content": result.text}

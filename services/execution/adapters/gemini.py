@@ -128,7 +128,12 @@ def _part(part: conversation_pb2.Part, names: Mapping[str, str]) -> dict[str, An
                 return {"fileData": {"fileUri": image.url, "mimeType": image.media_type or "image/png"}}
             return {"inlineData": {"mimeType": image.media_type or "image/png", "data": base64.b64encode(image.data).decode()}}
         case "tool_call":
-            return {"functionCall": {"name": part.tool_call.name, "args": json_of(part.tool_call.arguments_json or "{}", "conversation.messages")}}
+            return {
+                "functionCall": {
+                    "name": part.tool_call.name,
+                    "args": json_of(part.tool_call.arguments_json or "{}", "conversation.messages"),
+                }
+            }
         case "tool_result":
             result = part.tool_result
             key = "error" if result.is_error else "output"

@@ -204,8 +204,8 @@ class _Connection(asyncio.Protocol):
         finally:
             timer.cancel()
 
-    async def pieces(self, idle_seconds: float, deadline: float) -> AsyncIterator[bytes]:
-        """The body as it comes; what arrived together comes together. Leaving early closes the connection."""
+    async def pieces(self, idle_seconds: float, deadline: float, *, keep: bool = True) -> AsyncIterator[bytes]:
+        """The body as it comes; what arrived together comes together. Leaving early closes the connection, `keep` or not."""
         done = False
         try:
             while True:
@@ -233,7 +233,7 @@ class _Connection(asyncio.Protocol):
             self._streaming = False
             if done and not self.closed:
                 self.used = True
-                self._pool.release(self, self._keep)
+                self._pool.release(self, self._keep and keep)
             else:
                 self.close()
 

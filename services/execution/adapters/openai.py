@@ -166,7 +166,10 @@ def _format(wanted: conversation_pb2.ResponseFormat) -> dict[str, Any] | None:
         return {"type": "json_object"}
     if wanted.kind != conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA:
         return None
-    schema: dict[str, Any] = {"name": wanted.name or "answer", "schema": json_of(wanted.json_schema, "conversation.response_format")}
+    schema: dict[str, Any] = {
+        "name": wanted.name or "answer",
+        "schema": json_of(wanted.json_schema, "conversation.response_format"),
+    }
     if wanted.HasField("strict"):
         schema["strict"] = wanted.strict
     if wanted.description:
@@ -339,7 +342,9 @@ class OpenAIProvider:
         idle_timeout: float,
         kind: str = "openai",
         limit_field: str = "max_completion_tokens",
+        keep_streams: bool = True,
     ) -> None:
+        """`keep_streams`: whether a connection is kept after a stream; false for servers that close it without saying so."""
         self.kind = kind
         self.address = address
         self.credential = credential_name
@@ -350,6 +355,7 @@ class OpenAIProvider:
         self._first_byte = first_byte_timeout
         self._idle = idle_timeout
         self._limit_field = limit_field
+        self._keep_streams = keep_streams
         self._heads: dict[tuple[str, str], bytes] = {}
         self._secret_seen: str | None = None
 
@@ -385,7 +391,7 @@ class OpenAIProvider:
         head = self._head("/chat/completions", "text/event-stream")
         # The first byte of a stream has its own limit within the caller's deadline, which `open_stream` and `pieces` keep.
         connection, response = await self._pool.open_stream(head, body, prompt.deadline)
-        pieces = connection.pieces(self._idle, prompt.deadline)
+        pieces = connection.pieces(self._idle, prompt.deadline, keep=self._keep_streams)
         try:
             if response.status != 200:
                 raise fault(response.status, response.headers, await beginning(pieces), self._secret())

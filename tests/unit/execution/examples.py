@@ -47,10 +47,13 @@ def embedding(*texts: str, dimensions: int | None = None) -> EmbeddingPrompt:
     return EmbeddingPrompt("upstream-model", "catalogue/model", texts, dimensions, ends, "", {})
 
 
-def price(version: str = "p1", **fields: int) -> price_pb2.Price:
+def price(version: str = "p1", *, per_request: int = 0) -> price_pb2.Price:
     """A price of 1,000 nano-dollars per token in and 2,000 per token out."""
     return price_pb2.Price(
-        price_version=version, input_nano_usd_per_million=10**9, output_nano_usd_per_million=2 * 10**9, **fields
+        price_version=version,
+        input_nano_usd_per_million=10**9,
+        output_nano_usd_per_million=2 * 10**9,
+        request_nano_usd=per_request,
     )
 
 

@@ -285,7 +285,9 @@ async def test_the_last_candidate_has_all_the_time_that_is_left(tmp_path: Path) 
 
 @pytest.mark.parametrize("wire", [0, pb2.WIRE_FORMAT_OPENAI_CHAT])
 @pytest.mark.parametrize(
-    "script", [begins_and_breaks, chunked([OPENAI.beginning, OPENAI.error]), chunked([OPENAI.beginning])], ids=["cut", "error", "end"]
+    "script",
+    [begins_and_breaks, chunked([OPENAI.beginning, OPENAI.error]), chunked([OPENAI.beginning])],
+    ids=["cut", "error", "end"],
 )
 async def test_after_the_first_token_no_other_candidate_is_tried(tmp_path: Path, wire: int, script: Any) -> None:
     async with world(tmp_path, a=script, b=streams) as made:
@@ -293,7 +295,7 @@ async def test_after_the_first_token_no_other_candidate_is_tried(tmp_path: Path,
         seen: list[Any] = []
         with pytest.raises(AttemptFailed) as caught:
             async for piece in operation.stream():
-                seen.append(piece)
+                seen.append(piece)  # noqa: PERF401 - what came before the failure is looked at
         assert made.asked("b") == 0
         assert isinstance(seen[0], pb2.CompletionOpened)
         assert (seen[0].attempt_id, seen[0].model, seen[0].is_wire) == ("op/1", "a/m", bool(wire))
@@ -459,7 +461,7 @@ async def test_a_candidate_without_a_price_costs_nothing_and_says_no_version(tmp
 
 async def test_each_candidate_is_charged_at_its_own_price(tmp_path: Path) -> None:
     plan = [candidate("a"), candidate("b")]
-    plan[1].price.CopyFrom(price("p2", request_nano_usd=5))
+    plan[1].price.CopyFrom(price("p2", per_request=5))
     async with world(tmp_path, a=fails(500), b=good) as made:
         operation, _ = await run(made, streaming=False, candidates=plan)
     assert (operation.cost, operation.price_version) == (COST + 5, "p2")

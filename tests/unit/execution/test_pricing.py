@@ -12,7 +12,10 @@ from sluice.metering.v1 import price_pb2
 
 
 def usage(**counts: int) -> answer_pb2.Usage:
-    return answer_pb2.Usage(**{f"{name}_token_count": count for name, count in counts.items()})
+    made = answer_pb2.Usage()
+    for name, count in counts.items():
+        setattr(made, f"{name}_token_count", count)
+    return made
 
 
 FULL = price_pb2.Price(

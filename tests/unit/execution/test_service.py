@@ -150,9 +150,7 @@ async def test_providers_are_listed_in_pages_and_without_their_keys(tmp_path: Pa
     async with world(tmp_path) as made:
         servicer = servicer_of(made, entries)
         first = await servicer.ListProviders(pb2.ListProvidersRequest(page_size=2), call())
-        second = await servicer.ListProviders(
-            pb2.ListProvidersRequest(page_size=2, page_token=first.next_page_token), call()
-        )
+        second = await servicer.ListProviders(pb2.ListProvidersRequest(page_size=2, page_token=first.next_page_token), call())
         with pytest.raises(Failure):
             await servicer.ListProviders(pb2.ListProvidersRequest(page_size=1001), call())
     listed = [*first.providers, *second.providers]

@@ -123,7 +123,7 @@ async def test_after_kill_9_every_attempt_is_settled_exactly_once(tmp_path: Path
         rest = child.stdout.read()
         child.wait()
         child.stdout.close()
-    said = int((rest.split() or [said])[-1]) if rest.endswith(b"\n") else said
+    said = int(rest.split()[-1]) if rest.endswith(b"\n") else said
     before = [line.split() for line in book.read_bytes().splitlines()] if book.exists() else []
     outcomes: dict[str, int] = {}
     for attempt, outcome in before:

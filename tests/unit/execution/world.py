@@ -57,7 +57,9 @@ class World:
         """How many requests a provider has had."""
         return len(self.servers[provider].exchanges)
 
-    def operation(self, *providers: str, kind: Any = pb2.CompleteRequest, seconds: float = PATIENCE, **fields: Any) -> Operation:
+    def operation(
+        self, *providers: str, kind: Any = pb2.CompleteRequest, seconds: float = PATIENCE, **fields: Any
+    ) -> Operation:
         """An operation with candidates at `providers`, in that order."""
         made: dict[str, Any] = {
             "operation_id": "op",

@@ -14,7 +14,7 @@ from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, conversation_pb2
 from tests.unit.execution.adapters.recorded import ANTHROPIC_SHOWN, ANTHROPIC_START, ANTHROPIC_WHOLE, RECORDED, TEXT, named
 from tests.unit.execution.examples import SCHEMA, conversation, embedding, heard, prompt, said, texts
-from tests.unit.execution.upstream import chunked, document, pool_to, upstream
+from tests.unit.execution.upstream import Exchange, chunked, document, pool_to, upstream
 
 WIRE: Final = execution_service_pb2.WIRE_FORMAT_ANTHROPIC_MESSAGES
 ANTHROPIC: Final = RECORDED["anthropic"]
@@ -138,8 +138,8 @@ async def test_thinking_has_a_budget_below_the_limit_and_is_left_out_where_it_is
         "type": "enabled",
         "budget_tokens": 4000,
     }
-    for most, fields in ((1024, {}), (8000, {"response_format": FORMAT})):
-        body = request_of(prompt(conversation(reasoning_effort=high, **fields), most=most), streaming=False)
+    for most, wanted in ((1024, None), (8000, FORMAT)):
+        body = request_of(prompt(conversation(reasoning_effort=high, response_format=wanted), most=most), streaming=False)
         assert "thinking" not in body
 
 
@@ -166,9 +166,14 @@ async def test_a_json_format_is_a_tool_that_nobody_sees() -> None:
 async def test_a_stream_that_passes_through_lacks_only_usage_and_end_mark_wherever_it_is_cut() -> None:
     raw, shown = ANTHROPIC.stream, named(*ANTHROPIC_SHOWN)
     cut = 1
-    async with upstream(lambda exchange: chunked([raw[:cut], raw[cut:]])(exchange)) as server, pool_to(server.url) as pool:
+
+    async def answers(exchange: Exchange) -> None:
+        await chunked([raw[:cut], raw[cut:]])(exchange)
+
+    async with upstream(answers) as server, pool_to(server.url) as pool:
         provider = ANTHROPIC.make(pool)
-        for cut in range(1, len(raw), 3):
+        for at in range(1, len(raw), 3):
+            cut = at
             got = await heard(provider.stream(prompt(wire=WIRE)))
             assert got.wire == shown
             assert not got.deltas

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 import pytest
 
@@ -39,6 +40,10 @@ async def ask(pool: Pool, body: bytes = b"{}", seconds: float = PATIENCE) -> Res
 async def read(pool: Pool, *, idle: float = PATIENCE, seconds: float = PATIENCE) -> tuple[Response, bytes]:
     connection, response = await pool.open_stream(pool.head("POST", "/x", {}), b"{}", later(seconds))
     return response, b"".join([piece async for piece in connection.pieces(idle, later(seconds))])
+
+
+ASKINGS: Final[tuple[Callable[[Pool], Awaitable[Any]], ...]] = (ask, read)
+"""A whole answer, and a streamed one."""
 
 
 async def ended(server: Upstream, connection: int) -> None:
@@ -109,7 +114,7 @@ async def test_a_kept_connection_that_dies_before_the_answer_is_stale() -> None:
     async def resets(exchange: Exchange) -> None:
         exchange.reset()
 
-    for asking in (ask, read):
+    for asking in ASKINGS:
         async with upstream(whole(b"ok"), resets, whole(b"again")) as server, pool_to(server.url) as pool:
             await ask(pool)
             with pytest.raises(ConnectionStale):
@@ -179,7 +184,8 @@ async def test_an_answer_is_the_same_wherever_it_is_cut(form: str, asking: str) 
         await exchange.send(raw[:cut], raw[cut:])
 
     async with upstream(answers) as server, pool_to(server.url) as pool:
-        for cut in range(1, len(raw)):
+        for at in range(1, len(raw)):
+            cut = at
             if asking == "exchange":
                 response = await ask(pool)
                 assert response.body == ANSWER
@@ -213,12 +219,12 @@ async def test_an_early_end_is_no_answer(head: bytes) -> None:
         exchange.writer.close()
 
     async with upstream(breaks) as server, pool_to(server.url) as pool:
-        for asking in (ask, read):
+        for asking in ASKINGS:
             with pytest.raises(AttemptFailed) as caught:
                 await asking(pool)
             assert caught.value.reason is Reason.PROVIDER_STREAM_BROKEN
         server.plays(breaks_after_head)
-        for asking in (ask, read):
+        for asking in ASKINGS:
             with pytest.raises(AttemptFailed) as caught:
                 await asking(pool)
             assert caught.value.reason is Reason.PROVIDER_UNAVAILABLE
@@ -321,7 +327,7 @@ async def test_what_is_not_http_is_malformed(said: bytes) -> None:
         await exchange.gone()
 
     async with upstream(babbles) as server, pool_to(server.url) as pool:
-        for number, asking in enumerate((ask, read)):
+        for number, asking in enumerate(ASKINGS):
             with pytest.raises(AttemptFailed) as caught:
                 await asking(pool)
             assert caught.value.reason is Reason.PROVIDER_MALFORMED

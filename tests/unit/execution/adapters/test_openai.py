@@ -22,7 +22,7 @@ from tests.unit.execution.adapters.recorded import (
     openai_chunk,
 )
 from tests.unit.execution.examples import SCHEMA, Heard, conversation, embedding, heard, prompt, said, texts
-from tests.unit.execution.upstream import PATIENCE, chunked, document, pool_to, upstream, whole
+from tests.unit.execution.upstream import PATIENCE, Exchange, chunked, document, pool_to, upstream, whole
 
 WIRE: Final = execution_service_pb2.WIRE_FORMAT_OPENAI_CHAT
 OPENAI: Final = RECORDED["openai"]
@@ -131,9 +131,14 @@ async def test_every_field_of_a_conversation() -> None:
 async def test_a_stream_that_passes_through_lacks_only_usage_and_end_mark_wherever_it_is_cut() -> None:
     raw, shown = OPENAI.stream, events(*OPENAI_CHUNKS)
     cut = 1
-    async with upstream(lambda exchange: chunked([raw[:cut], raw[cut:]])(exchange)) as server, pool_to(server.url) as pool:
+
+    async def answers(exchange: Exchange) -> None:
+        await chunked([raw[:cut], raw[cut:]])(exchange)
+
+    async with upstream(answers) as server, pool_to(server.url) as pool:
         provider = OPENAI.make(pool)
-        for cut in range(1, len(raw)):
+        for at in range(1, len(raw)):
+            cut = at
             got = await heard(provider.stream(prompt(wire=WIRE)))
             assert got.wire == shown
             assert not got.deltas

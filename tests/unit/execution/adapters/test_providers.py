@@ -108,7 +108,8 @@ async def test_a_streamed_answer_is_the_same_wherever_it_is_cut(recorded: Record
         assert whole_one.calls()[1][2] in ("", "{}")
         # What arrived together comes together.
         assert whole_one.count <= 4
-        for cut in range(1, len(raw)):
+        for at in range(1, len(raw)):
+            cut = at
             other = await heard(provider.stream(prompt()))
             assert other.answer == whole_one.answer
             assert other.deltas == whole_one.deltas
