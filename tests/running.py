@@ -46,10 +46,8 @@ class Running:
 
     def logs(self) -> str:
         """The ends of all logs, for the message of a failed test."""
-        parts = []
-        for log in sorted((self.directory / "logs").glob("*.log")):
-            parts.append(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}")
-        return "\n".join(parts)
+        logs = sorted((self.directory / "logs").glob("*.log"))
+        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
 
     @contextlib.contextmanager
     def client(self, *, key: str | None = None) -> Iterator[Client]:

@@ -37,10 +37,10 @@ def main() -> int:
     text = HEADER + describe(sections())
     if not arguments.check:
         TARGET.write_text(text)
-    load(sections(), TARGET, {})
-    if TARGET.read_text() != text:
+    if not TARGET.exists() or TARGET.read_text() != text:
         print(f"{TARGET.relative_to(ROOT)} is stale; run `make example`", file=sys.stderr)
         return 1
+    load(sections(), TARGET, {})
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from services.gateway.edge.config import EdgeConfig
 from services.runtime.config import setting
@@ -40,9 +40,9 @@ class BudgetConfig:
 class Config:
     """Settings of the gateway."""
 
-    edge: EdgeConfig = field(default_factory=EdgeConfig)
-    lease: LeaseConfig = field(default_factory=LeaseConfig)
-    budgets: BudgetConfig = field(default_factory=BudgetConfig)
+    edge: EdgeConfig = setting(EdgeConfig(), "The HTTP edge")
+    lease: LeaseConfig = setting(LeaseConfig(), "What is leased from metering at a time, for each key and replica")
+    budgets: BudgetConfig = setting(BudgetConfig(), "Longest time that a request waits for each step")
     max_request_bytes: int = setting(
         16 * _MEBIBYTE, "Largest conversation", unit="bytes", minimum=1024, maximum=256 * _MEBIBYTE
     )

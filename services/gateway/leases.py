@@ -49,7 +49,7 @@ class Lease:
     __slots__ = (
         "budget", "concurrency", "concurrency_limit", "expires", "factor", "failed_until", "generation", "granted", "held", "in_flight",
         "key_id", "largest_hold", "lease_id", "low_money", "low_requests", "low_tokens", "money", "no_concurrency_until",
-        "no_money_until", "no_rate_until", "pending", "renews", "request_limit", "requests", "slice_money", "stranded",
+        "no_money_until", "no_rate_until", "pending", "renews", "request_limit", "requests", "slice_money", "spent", "stranded",
         "token_limit", "tokens", "used", "wanted",
     )  # fmt: skip
 
@@ -70,6 +70,8 @@ class Lease:
         self.in_flight = 0
         self.money = 0
         self.held = 0
+        self.spent = 0
+        """Costs settled since the slice was granted; their settlements may not be posted yet."""
         self.stranded = 0
         """Held for operations that ended without telling what they cost."""
         self.slice_money = 0
@@ -95,6 +97,10 @@ class Lease:
     def is_unlimited_money(self) -> bool:
         """Whether no budget is set at any level."""
         return self.money >= _ENDLESS
+
+    def owed(self) -> int:
+        """What must not be given to others when the lease ends: spent, or held by what is or was under way."""
+        return self.spent + self.held + self.stranded
 
     def budget_left(self) -> int | None:
         """What is left of the tightest budget, as far as this replica knows: nano-dollars; None: no budget is set."""
@@ -158,6 +164,8 @@ class Leases:
                 return admitted
             if attempt == 0:
                 self._refuse_early(lease)
+                # Else the sweep could take the lease for idle, and let it go, while it is being renewed.
+                lease.used = True
                 await self._refill(lease, 0, timeout)
         self._refuse(lease)
         raise AssertionError("unreachable: _refuse raises")
@@ -202,6 +210,7 @@ class Leases:
         if generation == lease.generation:
             lease.held -= amount
             lease.money += amount - cost
+            lease.spent += cost
 
     def strand(self, lease: Lease, generation: int, amount: int) -> None:
         """The operation ended and nobody here knows what it cost: its hold stays taken until the lease is exchanged."""
@@ -371,7 +380,7 @@ class Leases:
         lease.granted = now
         if grant.lease_id != lease.lease_id:
             lease.generation += 1
-            lease.money = lease.held = lease.stranded = 0
+            lease.money = lease.held = lease.stranded = lease.spent = 0
             lease.lease_id = grant.lease_id
         lease.requests = _on_top(lease.requests, grant.request_count)
         lease.tokens = _on_top(lease.tokens, grant.token_count)
@@ -405,7 +414,7 @@ class Leases:
         """The lease has expired: the store has taken its slices back."""
         lease.lease_id = ""
         lease.generation += 1
-        lease.requests = lease.tokens = lease.money = lease.held = lease.stranded = lease.slice_money = 0
+        lease.requests = lease.tokens = lease.money = lease.held = lease.stranded = lease.spent = lease.slice_money = 0
 
     async def _renew(self, lease: Lease) -> None:
         lease.wanted = False
@@ -426,19 +435,19 @@ class Leases:
 
     async def _exchange(self, lease: Lease) -> None:
         """Returns the money slice with what is under way marked, so that the store knows what was really spent."""
-        lease_id, held = lease.lease_id, lease.held + lease.stranded
+        lease_id, owed = lease.lease_id, lease.owed()
         lease.lease_id = ""
         lease.generation += 1
-        lease.money = lease.held = lease.stranded = 0
+        lease.money = lease.held = lease.stranded = lease.spent = 0
         lease.pending = None
         if lease_id:
-            await self._metering.give_back(lease_id, held, timeout=self._call_seconds)
+            await self._metering.give_back(lease_id, owed, timeout=self._call_seconds)
 
     async def _give_back(self, lease: Lease, timeout: float) -> None:
         if not lease.lease_id:
             return
         try:
-            await self._metering.give_back(lease.lease_id, lease.held + lease.stranded, timeout=timeout)
+            await self._metering.give_back(lease.lease_id, lease.owed(), timeout=timeout)
         except Failure:
             # It expires by itself.
             self.renewal_failure_count += 1

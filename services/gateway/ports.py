@@ -84,8 +84,8 @@ class Metering(Protocol):
     async def acquire(self, wish: LeaseWish, *, timeout: float) -> Grant:
         """Slices of a key's limits."""
 
-    async def give_back(self, lease_id: str, held_nano_usd: int, *, timeout: float) -> None:
-        """Ends a lease; `held_nano_usd` stays reserved for what is under way."""
+    async def give_back(self, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
+        """Ends a lease; `owed_nano_usd` is all of it that was spent since it was granted, or is held for what is under way."""
 
     async def hold(
         self,

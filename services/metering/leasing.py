@@ -146,10 +146,10 @@ class Leasing:
         reserve = self._recall_factor * max(1, len(self._replicas)) * max(1, wish.nano_usd // 8)
         return await self._store.grant_slice(lease_id, payer, max(0, wish.nano_usd), reserve, expires + self._grace)
 
-    async def give_back(self, lease_id: str, held: int) -> None:
-        """Ends a lease; `held` stays reserved for what still runs."""
+    async def give_back(self, lease_id: str, owed: int) -> None:
+        """Ends a lease; what of `owed` (spent since it was granted, or held by what still runs) isn't posted yet stays reserved."""
         self._concurrency.release(lease_id)
-        await self._store.return_lease(lease_id, held, self._clock() + self._grace)
+        await self._store.return_lease(lease_id, owed, self._clock() + self._grace)
 
     def _limits(self, chain: Chain, kind: str) -> dict[str, int]:
         """Limits by name of the account, unlimited ones left out."""

@@ -122,8 +122,11 @@ class Store(Protocol):
         case. Raises NotFound when the lease is another payer's.
         """
 
-    async def return_lease(self, lease_id: str, held: int, expire_time: float) -> None:
-        """Frees what a lease has left but `held`, which stays until `expire_time`. Unknown leases are ignored."""
+    async def return_lease(self, lease_id: str, owed: int, expire_time: float) -> None:
+        """Frees what a lease has left. What of `owed` was not posted against it yet stays reserved until it is, or until `expire_time`.
+
+        Repeated calls change nothing. Unknown leases are ignored.
+        """
 
     async def post(self, settlements: Sequence[Settlement]) -> list[PostState]:
         """Posts each once by its attempt id, all or none in one transaction."""

@@ -89,7 +89,7 @@ class MeteringServicer:
     async def ReturnLease(self, request: pb2.ReturnLeaseRequest, call: Call) -> pb2.ReturnLeaseResponse:
         """See the proto."""
         required(request.lease_id, "lease_id")
-        await self._leasing.give_back(request.lease_id, request.held_nano_usd)
+        await self._leasing.give_back(request.lease_id, request.owed_nano_usd)
         return pb2.ReturnLeaseResponse()
 
     async def Hold(self, request: pb2.HoldRequest, call: Call) -> pb2.HoldResponse:

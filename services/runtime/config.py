@@ -405,6 +405,11 @@ def _scalar(kind: Any, value: Any, path: str, origin: str, about: _Setting, secr
     return value
 
 
+def _figure(number: float) -> str:
+    """A bound in digits: 268435456, not 2.68435e+08."""
+    return str(int(number)) if float(number).is_integer() else repr(number)
+
+
 def _number(text: str) -> Any:
     try:
         return float(text)
@@ -415,9 +420,9 @@ def _number(text: str) -> Any:
 def _bounds(value: float, shown: str, path: str, origin: str, about: _Setting, problems: list[str]) -> None:
     unit = f" {about.unit}" if about.unit else ""
     if about.minimum is not None and value < about.minimum:
-        problems.append(f"{path}: {shown} is below the minimum of {about.minimum:g}{unit} (in {origin})")
+        problems.append(f"{path}: {shown} is below the minimum of {_figure(about.minimum)}{unit} (in {origin})")
     if about.maximum is not None and value > about.maximum:
-        problems.append(f"{path}: {shown} is above the maximum of {about.maximum:g}{unit} (in {origin})")
+        problems.append(f"{path}: {shown} is above the maximum of {_figure(about.maximum)}{unit} (in {origin})")
 
 
 def _shown(value: Any, secret: bool) -> str:
@@ -461,11 +466,11 @@ def _summary(about: _Setting, hint: Any) -> str:
     elif isinstance(kind, type) and issubclass(kind, enum.Enum):
         parts.append(f"One of {', '.join(str(member.value) for member in kind)}.")
     if about.minimum is not None and about.maximum is not None:
-        parts.append(f"{about.minimum:g} to {about.maximum:g}.")
+        parts.append(f"{_figure(about.minimum)} to {_figure(about.maximum)}.")
     elif about.minimum is not None:
-        parts.append(f"At least {about.minimum:g}.")
+        parts.append(f"At least {_figure(about.minimum)}.")
     elif about.maximum is not None:
-        parts.append(f"At most {about.maximum:g}.")
+        parts.append(f"At most {_figure(about.maximum)}.")
     return " ".join(parts)
 
 

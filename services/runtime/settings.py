@@ -87,7 +87,7 @@ class MeshSettings:
     report_file: Path | None = setting(None, "File to which each service's addresses are written, one JSON line each")
     log_level: LogLevel = setting(LogLevel.INFO, "Least severe level that is logged")
     log_format: LogFormat = setting(LogFormat.JSON, "How log lines look")
-    otlp_endpoint: str | None = setting(None, "OTLP/HTTP endpoint for traces, say http://127.0.0.1:4318; null: no traces")
+    otlp_endpoint: str | None = setting(None, "OTLP endpoint for traces, over gRPC, say http://127.0.0.1:4317; null: no traces")
     trace_ratio: float = setting(
         1.0, "Share of the requests without a trace context of their own that are traced", minimum=0, maximum=1
     )

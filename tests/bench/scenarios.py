@@ -439,13 +439,16 @@ def select(only: Sequence[str]) -> list[tuple[str, Scenario]]:
 
 @contextlib.contextmanager
 def profiled(pid: int, path: Path, seconds: int) -> Iterator[None]:
-    """Samples a process and its children with py-spy while the context is open, and writes a flame graph to `path`."""
+    """Samples a process and its children with py-spy while the context is open, and writes a flame graph to `path`.
+
+    Only threads that hold the GIL are counted: py-spy takes threads that wait in native code for busy ones.
+    """
     program = Path(sys.executable).with_name("py-spy")
     if not program.exists():
         raise rig.RigError("py-spy is not installed; run `make install`")
     path.parent.mkdir(parents=True, exist_ok=True)
     command = [str(program), "record", "--pid", str(pid), "--subprocesses", "--duration", str(seconds), "--rate", "200"]
-    command += ["--output", str(path), "--threads"]
+    command += ["--output", str(path), "--gil"]
     process = subprocess.Popen(
         rig.pin_command(rig.RIG_CORE, command), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )

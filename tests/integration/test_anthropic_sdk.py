@@ -89,7 +89,7 @@ def test_a_stream(sdk: anthropic.Anthropic) -> None:
 
 def test_the_events_of_a_stream_come_in_order(sdk: anthropic.Anthropic) -> None:
     kinds = [
-        event.type for event in sdk.messages.create(model=ECHO, max_tokens=9, messages=scripted(text="a b c"), stream=True)
+        str(event.type) for event in sdk.messages.create(model=ECHO, max_tokens=9, messages=scripted(text="a b c"), stream=True)
     ]
     kinds = [kind for kind in kinds if kind != "ping"]
     assert kinds[0] == "message_start"

@@ -363,7 +363,7 @@ def _exchange(port: int, data: bytes, *, is_whole: bool) -> Verdict:
                 pass
     except OSError as error:
         return Verdict(False, said=f"{type(error).__name__}: {error}")
-    match = re.match(rb"HTTP/1\.1 (\d{3})", received)
+    match = re.match(rb"HTTP/1\.[01] (\d{3})", received)
     status = int(match[1]) if match is not None else 0
     text = received.decode(errors="replace")
     return Verdict(

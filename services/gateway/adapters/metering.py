@@ -48,10 +48,10 @@ class MeteringClient:
         )
         return grant_from_proto(response)
 
-    async def give_back(self, lease_id: str, held_nano_usd: int, *, timeout: float) -> None:
+    async def give_back(self, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
         """As the port says."""
         await self._stub.ReturnLease(
-            metering_service_pb2.ReturnLeaseRequest(lease_id=lease_id, held_nano_usd=held_nano_usd), timeout=timeout
+            metering_service_pb2.ReturnLeaseRequest(lease_id=lease_id, owed_nano_usd=owed_nano_usd), timeout=timeout
         )
 
     async def hold(

@@ -16,7 +16,10 @@ class EdgeConfig:
     backlog: int = setting(2048, "Connections that the kernel keeps until they are accepted", minimum=1, maximum=65535)
     max_connections: int = setting(10_000, "Open connections; further ones get 503 and are closed", minimum=1)
     header_timeout: float = setting(
-        5.0, "Time from the first byte of a request, or from a connection's begin, to the end of its headers", unit="s", minimum=0.05
+        5.0,
+        "Time from the first byte of a request, or from a connection's begin, to the end of its headers",
+        unit="s",
+        minimum=0.05,
     )
     body_timeout: float = setting(15.0, "Time from the end of the headers to the end of the body", unit="s", minimum=0.05)
     body_minimum_rate: int = setting(
@@ -31,7 +34,9 @@ class EdgeConfig:
         unit="s", minimum=0.0, maximum=30.0,
     )  # fmt: skip
     max_target_bytes: int = setting(8192, "Longest path and query", unit="bytes", minimum=256)
-    max_header_bytes: int = setting(65_536, "Largest head of a request, its names and values together", unit="bytes", minimum=1024)
+    max_header_bytes: int = setting(
+        65_536, "Largest head of a request, its names and values together", unit="bytes", minimum=1024
+    )
     max_header_count: int = setting(128, "Header lines of a request", minimum=16)
     max_body_bytes: int = setting(20_971_520, "Largest body, counted while it is read", unit="bytes", minimum=1024)
     max_buffered_bytes: int = setting(

@@ -183,7 +183,10 @@ def error_event(failure: Failure, dialect: Dialect, request_id: str) -> bytes:
 def error_head(failure: Failure, request_id: str) -> bytes:
     """Status line and headers of an error answer, without length and end."""
     status = status_of(failure)
-    lines = [status_line(status), b"content-type: application/json\r\nx-request-id: %b\r\nrequest-id: %b\r\n" % ((request_id.encode(),) * 2)]
+    lines = [
+        status_line(status),
+        b"content-type: application/json\r\nx-request-id: %b\r\nrequest-id: %b\r\n" % ((request_id.encode(),) * 2),
+    ]
     if failure.retry_delay is not None:
         delay = max(0.0, failure.retry_delay)
         lines.append(b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(delay), math.ceil(delay * 1000)))

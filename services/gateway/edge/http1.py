@@ -25,7 +25,9 @@ from services.gateway.edge.errors import EdgeError
 from services.runtime.errors import Failure, Reason
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
-_SINGLE: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"authorization", b"x-api-key", b"content-type", b"idempotency-key"})
+_SINGLE: Final = frozenset(
+    {b"host", b"content-length", b"transfer-encoding", b"authorization", b"x-api-key", b"content-type", b"idempotency-key"}
+)
 _WHOLE_WRITE: Final = 65_536
 """Bodies up to this many bytes are joined with their head: one copy is cheaper than a second write."""
 
@@ -304,7 +306,9 @@ class Connection(asyncio.Protocol):
         if name in headers:
             if name in _SINGLE:
                 self._refusal = EdgeError(
-                    Reason.REQUEST_INVALID, f"header {name.decode('latin-1')!r} is given twice", metadata={"field": name.decode("latin-1")}
+                    Reason.REQUEST_INVALID,
+                    f"header {name.decode('latin-1')!r} is given twice",
+                    metadata={"field": name.decode("latin-1")},
                 )
                 return
             headers[name] = headers[name] + b", " + value
@@ -327,7 +331,9 @@ class Connection(asyncio.Protocol):
         coding = headers.get(b"transfer-encoding")
         if coding is not None and (self._is_old or coding.strip().lower() != b"chunked"):
             self._refusal = EdgeError(
-                Reason.REQUEST_INVALID, "the only transfer coding spoken here is chunked, in HTTP/1.1", metadata={"field": "transfer-encoding"}
+                Reason.REQUEST_INVALID,
+                "the only transfer coding spoken here is chunked, in HTTP/1.1",
+                metadata={"field": "transfer-encoding"},
             )
         length = headers.get(b"content-length")
         if length is not None and int(length) > self._config.max_body_bytes:
@@ -350,7 +356,9 @@ class Connection(asyncio.Protocol):
             self._refusal = _too_large("the body", self._config.max_body_bytes)
             return
         if not self.listener.reserve(len(data)):
-            self._refusal = EdgeError(Reason.OVERLOADED, "too many request bodies are being read; try again soon", retry_delay=1.0)
+            self._refusal = EdgeError(
+                Reason.OVERLOADED, "too many request bodies are being read; try again soon", retry_delay=1.0
+            )
             return
         if self._size == 0:
             self._body = data

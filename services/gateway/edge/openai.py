@@ -115,7 +115,9 @@ def embed_from_json(body: bytes | bytearray) -> EmbedCall:
         payload.array(texts, "input")
         for index, item in enumerate(texts):
             if type(item) is int or type(item) is list:
-                raise FieldUnsupported("input", "token arrays are not supported, since tokens belong to one model; send the text")
+                raise FieldUnsupported(
+                    "input", "token arrays are not supported, since tokens belong to one model; send the text"
+                )
             request.inputs.append(payload.text(item, f"input[{index}]"))
     if (value := fields.get("encoding_format")) is not None:
         call.is_base64 = payload.choice(value, "encoding_format", ("float", "base64")) == "base64"
@@ -208,7 +210,9 @@ def _read_tool_call(call: conversation_pb2.ToolCall, value: object, path: str) -
     payload.only(function, ("name", "arguments"), f"{path}.function")
     call.id = payload.text(payload.required(item, "id", path), f"{path}.id")
     call.name = payload.text(payload.required(function, "name", f"{path}.function"), f"{path}.function.name")
-    call.arguments_json = payload.text(payload.required(function, "arguments", f"{path}.function"), f"{path}.function.arguments")
+    call.arguments_json = payload.text(
+        payload.required(function, "arguments", f"{path}.function"), f"{path}.function.arguments"
+    )
 
 
 def _read_tool(message: conversation_pb2.Message, item: dict[str, Any], index: int) -> None:

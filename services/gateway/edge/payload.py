@@ -168,7 +168,9 @@ def image_from_url(image: conversation_pb2.Image, url: str, path: str) -> None:
 def image_from_base64(image: conversation_pb2.Image, encoded: str, media_type: str, path: str) -> None:
     """Fills `image` from its base64 text."""
     if media_type not in MEDIA_TYPES:
-        raise RequestInvalid(path, f"the media type must be one of {', '.join(sorted(MEDIA_TYPES))}, is {media_type[:_SHOWN]!r}")
+        raise RequestInvalid(
+            path, f"the media type must be one of {', '.join(sorted(MEDIA_TYPES))}, is {media_type[:_SHOWN]!r}"
+        )
     if len(encoded) > MAX_IMAGE_BYTES // 3 * 4 + 4:
         raise RequestInvalid(path, f"a picture may have at most {MAX_IMAGE_BYTES} bytes")
     try:

@@ -33,7 +33,10 @@ from services.gateway.edge import payload
 from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
 
 PREFIX: Final = b"x-sluice-"
-_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h)?")
+_DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)?")
+_DECIMAL: Final = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,17})?")
+_MAX_SECONDS: Final = 315_576_000_000
+"""Longest time that protobuf's Duration has."""
 _SECONDS: Final[Mapping[str, float]] = MappingProxyType({"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0})
 
 TASK_TYPES: Final[Mapping[str, receipt_pb2.TaskType.ValueType]] = MappingProxyType(
@@ -70,7 +73,9 @@ def apply_to_generate(headers: Mapping[bytes, bytes], request: Request) -> float
                 continue
             write = _WRITERS.get(name)
             if write is None:
-                raise FieldUnsupported(_text(name), "is unknown; see the documentation of the HTTP edge for the headers there are")
+                raise FieldUnsupported(
+                    _text(name), "is unknown; see the documentation of the HTTP edge for the headers there are"
+                )
             write(request, value_of(headers, name), _text(name))
     key = headers.get(b"idempotency-key")
     if key is not None:
@@ -106,20 +111,27 @@ def apply_to_free_call(headers: Mapping[bytes, bytes]) -> float | None:
 
 
 def value_of(headers: Mapping[bytes, bytes], name: bytes) -> str:
-    """The value of a header as text: printable ASCII."""
+    """The value of a header as text: printable ASCII, not empty.
+
+    An empty one is refused, since a wish that is lost in silence (say the variable of a shell script that isn't set) would let a
+    request leave its region or run twice.
+    """
     try:
         value = headers[name].decode("ascii")
     except UnicodeDecodeError:
         raise RequestInvalid(_text(name), "must be printable ASCII") from None
     if not value.isprintable():
         raise RequestInvalid(_text(name), "must be printable ASCII")
-    return value.strip()
+    value = value.strip()
+    if not value:
+        raise RequestInvalid(_text(name), "must not be empty; leave it out to wish nothing")
+    return value
 
 
 def seconds(value: str, path: str) -> float:
     """`1.5s`, `800ms`, `10m` or `1h` in seconds; a bare number is seconds."""
     match = _DURATION.fullmatch(value)
-    if match is None or (result := float(match[1]) * _SECONDS[match[2] or "s"]) <= 0:
+    if match is None or not 1e-9 <= (result := float(match[1]) * _SECONDS[match[2] or "s"]) <= _MAX_SECONDS:
         raise RequestInvalid(path, f"must be a time above 0 such as 1.5s, 800ms or 10m, is {payload.shown(value)}")
     return result
 
@@ -153,11 +165,10 @@ def _cache_namespace(request: Request, value: str, path: str) -> None:
 
 
 def _min_similarity(request: Request, value: str, path: str) -> None:
-    try:
-        similarity = float(value)
-    except ValueError:
-        raise RequestInvalid(path, f"must be a number, is {payload.shown(value)}") from None
-    request.cache.min_similarity = payload.number(similarity, path, 0.5, 1.0)
+    # Not float() alone, which also takes `0_9`, `nan` and `infinity`.
+    if _DECIMAL.fullmatch(value) is None:
+        raise RequestInvalid(path, f"must be a number, is {payload.shown(value)}")
+    request.cache.min_similarity = payload.number(float(value), path, 0.5, 1.0)
 
 
 def _ttl(request: Request, value: str, path: str) -> None:

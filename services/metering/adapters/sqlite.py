@@ -83,7 +83,7 @@ CREATE TABLE holds (
 CREATE INDEX open_holds ON holds (expire_time) WHERE state = 'open';
 CREATE TABLE leases (
   id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, project_id TEXT NOT NULL, key_id TEXT NOT NULL,
-  outstanding INTEGER NOT NULL, expire_time REAL NOT NULL
+  outstanding INTEGER NOT NULL, expire_time REAL NOT NULL, posted INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX leases_by_expiry ON leases (expire_time);
 CREATE TABLE journal (
@@ -502,7 +502,7 @@ class SqliteStore:
             elif wanted > 0 and left - wanted >= reserve and _reserve(c, payer, wanted):
                 granted = wanted
             c.execute(
-                "INSERT INTO leases VALUES (?1, ?2, ?3, ?4, ?5, ?6) ON CONFLICT (id) DO UPDATE SET "
+                "INSERT INTO leases VALUES (?1, ?2, ?3, ?4, ?5, ?6, 0) ON CONFLICT (id) DO UPDATE SET "
                 "outstanding = outstanding + ?5, expire_time = ?6",
                 (lease_id, payer.tenant_id, payer.project_id, payer.key_id, max(0, granted), expire_time),
             )
@@ -515,15 +515,16 @@ class SqliteStore:
 
         return await self._written(operation)
 
-    async def return_lease(self, lease_id: str, held: int, expire_time: float) -> None:
+    async def return_lease(self, lease_id: str, owed: int, expire_time: float) -> None:
         """See Store."""
 
         def operation(c: sqlite3.Connection) -> None:
             row = c.execute("SELECT * FROM leases WHERE id = ?", (lease_id,)).fetchone()
             if row is None:
                 return
-            _, tenant_id, project_id, key_id, outstanding, _ = row
-            kept = min(max(0, held), outstanding)
+            _, tenant_id, project_id, key_id, outstanding, _, posted = row
+            # Costs that the replica knows of and whose settlements are still on their way must not be spent a second time.
+            kept = min(max(0, owed - posted), outstanding)
             _free(c, Payer(tenant_id, project_id, key_id), outstanding - kept)
             if kept:
                 c.execute("UPDATE leases SET outstanding = ?, expire_time = ? WHERE id = ?", (kept, expire_time, lease_id))
@@ -576,9 +577,11 @@ class SqliteStore:
             if row is None:
                 # It expired: its money went back, and the late settlement is posted all the same.
                 continue
-            _, tenant_id, project_id, key_id, outstanding, _ = row
+            _, tenant_id, project_id, key_id, outstanding, _, _ = row
             used = min(amount, outstanding)
-            c.execute("UPDATE leases SET outstanding = outstanding - ? WHERE id = ?", (used, lease_id))
+            c.execute(
+                "UPDATE leases SET outstanding = outstanding - ?1, posted = posted + ?2 WHERE id = ?3", (used, amount, lease_id)
+            )
             _free(c, Payer(tenant_id, project_id, key_id), used)
         for hold_id in ended:
             row = c.execute("SELECT * FROM holds WHERE id = ?", (hold_id,)).fetchone()
@@ -603,7 +606,7 @@ class SqliteStore:
             for row in holds:
                 _end_hold(c, _hold_of(row), HoldState.EXPIRED)
             leases = c.execute("SELECT * FROM leases WHERE expire_time <= ? LIMIT 1000", (now,)).fetchall()
-            for lease_id, tenant_id, project_id, key_id, outstanding, _ in leases:
+            for lease_id, tenant_id, project_id, key_id, outstanding, _, _ in leases:
                 _free(c, Payer(tenant_id, project_id, key_id), outstanding)
                 c.execute("DELETE FROM leases WHERE id = ?", (lease_id,))
             return len(holds) + len(leases)

@@ -43,6 +43,7 @@ class _Lease:
     payer: Payer
     outstanding: int
     ends: float
+    posted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +164,16 @@ class LedgerMachine(RuleBasedStateMachine):
         got = self._runner.run(asked)
         assert (got.granted, got.left) == (granted, left - granted)
         before = known.outstanding if known is not None else 0
-        self._leases[lease] = _Lease(payer, before + granted, self._now + lasts)
+        posted = known.posted if known is not None else 0
+        self._leases[lease] = _Lease(payer, before + granted, self._now + lasts, posted)
         self._hold_more(payer, granted)
 
-    @rule(lease=lease_ids, held=st.integers(0, 500), lasts=seconds)
-    def give_back(self, lease: str, held: int, lasts: int) -> None:
-        self._runner.run(self._store.return_lease(lease, held, self._now + lasts))
+    @rule(lease=lease_ids, owed=st.integers(0, 500), lasts=seconds)
+    def give_back(self, lease: str, owed: int, lasts: int) -> None:
+        self._runner.run(self._store.return_lease(lease, owed, self._now + lasts))
         known = self._leases.pop(lease, None)
         if known is not None:
-            kept = min(held, known.outstanding)
+            kept = min(max(0, owed - known.posted), known.outstanding)
             self._hold_more(known.payer, kept - known.outstanding)
             if kept:
                 self._leases[lease] = replace(known, outstanding=kept, ends=self._now + lasts)
@@ -191,7 +193,9 @@ class LedgerMachine(RuleBasedStateMachine):
                     self._spent[name] += wish.amount
                 if (lease := self._leases.get(wish.lease)) is not None:
                     used = min(wish.amount, lease.outstanding)
-                    self._leases[wish.lease] = replace(lease, outstanding=lease.outstanding - used)
+                    self._leases[wish.lease] = replace(
+                        lease, outstanding=lease.outstanding - used, posted=lease.posted + wish.amount
+                    )
                     self._hold_more(lease.payer, -used)
             if wish.final and wish.hold in self._holds:
                 self._end(wish.hold, HoldState.POSTED)

@@ -307,6 +307,20 @@ class LedgerSuite:
         assert await store.expire(NOW + 60) == 1
         await assert_balances(store, spent=50, held=0)
 
+    async def test_a_cost_that_is_known_but_not_posted_stays_reserved_when_the_lease_is_returned(self, store: Store) -> None:
+        await prepare(store, tenant=1000)
+        await store.grant_slice("lease-1", PAYER, 900, 0, NOW + HOUR)
+        await store.post([settlement("op-1/1", amount=100, lease_id="lease-1")])
+        # The replica settled 500 in all; the settlements of 400 are still on their way.
+        await store.return_lease("lease-1", 500, NOW + HOUR)
+        await assert_balances(store, spent=100, held=400)
+        with pytest.raises(BudgetExhausted):
+            await store.hold("op-2", PAYER, 501, 0, NOW + HOUR)
+        await store.post([settlement("op-3/1", amount=400, lease_id="lease-1")])
+        await assert_balances(store, spent=500, held=0)
+        await store.return_lease("lease-1", 500, NOW + HOUR)
+        await assert_balances(store, spent=500, held=0)
+
     async def test_a_lease_cannot_keep_more_than_it_has_and_an_unknown_one_is_ignored(self, store: Store) -> None:
         await prepare(store, tenant=1000)
         await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR)

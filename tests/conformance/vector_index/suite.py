@@ -123,7 +123,7 @@ class VectorIndexSuite:
             await index.delete(A)
 
         async def search() -> None:
-            for number, direction in enumerate(directions):
+            for direction in directions:
                 for match in await index.search(A, SCOPE, direction, 3):
                     known = int(match.text.removeprefix("text "))
                     assert match.payload == f"payload {known}".encode()

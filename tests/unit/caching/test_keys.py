@@ -7,7 +7,7 @@ from services.caching import keys
 
 def test_every_field_is_part_of_the_key() -> None:
     fields = ("tenant", "namespace", "model", "version", 1, "scope")
-    prefixes = {keys.prefix(*fields)}  # type: ignore[arg-type]
+    prefixes = {keys.prefix(*fields)}
     for place, value in enumerate(("x", "x", "x", "x", 2, "x")):
         changed = [*fields[:place], value, *fields[place + 1 :]]
         prefixes.add(keys.prefix(*changed))  # type: ignore[arg-type]

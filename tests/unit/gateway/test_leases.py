@@ -174,7 +174,7 @@ async def test_what_is_stranded_is_returned_to_the_store_with_its_lease() -> Non
         await eventually(lambda: lease.lease_id == "lease-2")
     (returned,) = world.metering.asked("ReturnLease")
     assert returned.lease_id == "lease-1"
-    assert returned.held_nano_usd == 700
+    assert returned.owed_nano_usd == 700
     assert (lease.stranded, lease.held) == (0, 0)
     assert lease.money >= 1000
 
@@ -221,7 +221,40 @@ async def test_everything_is_returned_at_the_end() -> None:
     assert world.leases.take(lease, 300)
     await world.leases.give_back_all(1.0)
     (returned,) = world.metering.asked("ReturnLease")
-    assert (returned.lease_id, returned.held_nano_usd) == ("lease-1", 300)
+    assert (returned.lease_id, returned.owed_nano_usd) == ("lease-1", 300)
+
+
+async def test_what_was_settled_here_is_owed_when_the_lease_is_returned() -> None:
+    """Its settlements may still be in execution's spool: freed now, the money could be spent twice."""
+    world = World(nano_usd=1000)
+    world.metering.budget = 10_000
+    lease = await world.leases.admit_waiting("key-1", 1, 1.0)
+    assert world.leases.take(lease, 300)
+    world.leases.settle(lease, lease.generation, 300, 120)
+    assert world.leases.take(lease, 50)
+    await world.leases.give_back_all(1.0)
+    (returned,) = world.metering.asked("ReturnLease")
+    assert returned.owed_nano_usd == 170
+
+
+async def test_a_lease_that_is_being_renewed_is_not_let_go_as_idle() -> None:
+    world = World()
+    world.metering.lease_seconds = 0.05
+    lease = await world.leases.admit_waiting("key-1", 1, 1.0)
+    world.leases.leave(lease, 0)
+    # As after a renewal in whose time nobody came.
+    lease.used = False
+    await asyncio.sleep(0.1)
+    world.metering.lease_seconds = 60.0
+    world.metering.delays["AcquireLease"] = 0.1
+    renewal = asyncio.create_task(world.leases.admit_waiting("key-1", 1, 2.0))
+    await eventually(lambda: len(world.metering.asked("AcquireLease")) == 2)
+    # The worker's sweep, which comes once a second, in the middle of the renewal.
+    world.leases._sweep()
+    world.leases._work.set()
+    async with working(world):
+        assert await renewal is lease
+    assert lease.in_flight == 1
 
 
 async def test_a_revoked_keys_lease_is_returned() -> None:

@@ -235,7 +235,7 @@ async def test_a_lease_is_granted_spent_and_returned(store: Store, metering: Met
     assert await post(metering, [settled]) == [pb2.SETTLEMENT_STATE_POSTED]
     assert await balance(store) == Balance(300, 500)
     for _ in range(2):
-        await metering.ReturnLease(pb2.ReturnLeaseRequest(lease_id=lease.lease_id, held_nano_usd=100), CALL)
+        await metering.ReturnLease(pb2.ReturnLeaseRequest(lease_id=lease.lease_id, owed_nano_usd=400), CALL)
     assert await balance(store) == Balance(300, 100)
 
 

@@ -20,10 +20,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services.runtime.bootstrap import Unit, run_services
 from services.runtime.errors import Failure, Reason
 from services.runtime.link import LinkChannel
+from services.runtime.process import Process, Service
 from services.runtime.settings import MeshSettings
 from sluice.tokenization.v1.tokenization_service_pb2 import CalibrateRequest, CountTextsRequest, FitRequest
 from sluice.tokenization.v1.tokenization_service_pb2_grpc import TokenizationServiceStub
-from tests.unit.runtime.fakes import IDENTITY, SERVICE_TOKEN, Lines, eventually
+from tests.unit.runtime.fakes import IDENTITY, SERVICE_TOKEN, Lines, Script, bindings, eventually
 from tests.unit.runtime.scripted import Config, open_service
 from tests.unit.runtime.test_link import free_port
 
@@ -206,3 +207,34 @@ async def test_several_services_share_a_process(tmp_path: Path) -> None:
     await reaches(reports[0]["grpc"], SERVING)
     stop.set()
     await asyncio.wait_for(task, 10)
+
+
+async def test_a_worker_that_swallows_a_cancellation_does_not_keep_the_process(tmp_path: Path) -> None:
+    swallowed: list[int] = []
+    working = asyncio.Event()
+
+    async def stubborn() -> None:
+        # As `asyncio.wait_for` does before Python 3.12 when its answer comes together with the cancellation.
+        for attempt in range(2):
+            working.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                swallowed.append(attempt)
+        await asyncio.Event().wait()
+
+    @contextlib.asynccontextmanager
+    async def open_stubborn(config: Config, process: Process) -> AsyncIterator[Service]:
+        yield Service("tokenization", bindings(Script()), pings={}, workers=(stubborn,))
+
+    stop = asyncio.Event()
+    settings = MeshSettings(service_token=SERVICE_TOKEN, drain_notice=0.0, state_dir=tmp_path)
+    units = [Unit("tokenization", Config, open_stubborn)]
+    task = asyncio.create_task(
+        run_services(units, settings, {"tokenization": Config()}, name="compact", log=Lines(), stop=stop)
+    )
+    await working.wait()
+    stop.set()
+    async with asyncio.timeout(20):
+        await task
+    assert swallowed == [0, 1]

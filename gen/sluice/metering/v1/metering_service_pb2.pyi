@@ -406,20 +406,23 @@ class ReturnLeaseRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASE_ID_FIELD_NUMBER: _builtins.int
-    HELD_NANO_USD_FIELD_NUMBER: _builtins.int
+    OWED_NANO_USD_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """The lease. Required."""
-    held_nano_usd: _builtins.int
-    """Money still held for operations under way, nano-dollars; stays reserved until they settle or the lease would have expired."""
+    owed_nano_usd: _builtins.int
+    """Money of the lease that is spent or may still be, nano-dollars: every cost settled at the replica since the lease was granted,
+    whether its settlement was posted by now or not, and the holds of operations under way. What of it was not posted stays reserved
+    until it is, or until the lease would have expired; the rest is freed.
+    """
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
-        held_nano_usd: _builtins.int = ...,
+        owed_nano_usd: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_nano_usd", b"held_nano_usd", "lease_id", b"lease_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id", "owed_nano_usd", b"owed_nano_usd"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

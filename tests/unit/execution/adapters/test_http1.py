@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 import pytest
+import uvloop
 
 from services.execution.adapters.http1 import Pool, Response
 from services.execution.errors import AttemptFailed, ConnectionStale
@@ -489,3 +490,27 @@ async def test_closing_the_pool_closes_idle_and_busy_connections() -> None:
         await asyncio.gather(ended(server, 0), ended(server, 1))
         [failed] = await asyncio.gather(busy, return_exceptions=True)
         assert isinstance(failed, AttemptFailed)
+
+
+SCENARIOS: Final[tuple[Callable[[], Coroutine[Any, Any, None]], ...]] = (
+    test_a_connection_is_kept_for_exchanges_and_streams_alike,
+    test_a_kept_connection_that_dies_before_the_answer_is_stale,
+    test_after_a_stale_connection_no_older_one_is_tried,
+    test_a_connection_is_stale_only_if_nothing_of_the_answer_came,
+    test_a_body_without_a_length_ends_with_the_connection,
+    test_what_came_before_a_stream_broke_is_still_read,
+    test_a_stream_that_falls_silent_ends_after_the_idle_time,
+    test_an_answer_that_is_too_large_is_refused_while_it_comes,
+    test_cancelling_an_exchange_closes_the_providers_socket,
+    test_cancelling_a_stream_before_its_head_closes_the_providers_socket,
+    test_a_reader_that_does_not_read_stops_the_provider,
+    test_a_server_that_closes_every_connection_at_once_fails_the_call_soon,
+    test_closing_the_pool_closes_idle_and_busy_connections,
+)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_it_holds_on_uvloop_too(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    # Services run on uvloop, whose callbacks come in another order.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario())

@@ -36,6 +36,11 @@ def test_only_whole_events_leave_the_cutter() -> None:
     assert cutter.whole(b"data: a\n\ndata: b") == b"data: a\n\n"
     assert cutter.rest == b"data: b"
     assert cutter.whole(b"\n\n") == b"data: b\n\n"
+    # An event is not held back for the end of the next, whichever line ends there are.
+    assert cutter.whole(b"data: c\r\n\r\ndata: d") == b"data: c\r\n\r\n"
+    assert cutter.whole(b"\n\ndata: e\r\n\r\ndata: f") == b"data: d\n\ndata: e\r\n\r\n"
+    assert cutter.whole(b"\r\n\r\n: ping\n\ndata: g") == b"data: f\r\n\r\n: ping\n\n"
+    assert cutter.rest == b"data: g"
 
 
 def test_data_in_several_lines_is_joined_by_line_breaks() -> None:

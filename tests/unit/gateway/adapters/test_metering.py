@@ -41,4 +41,4 @@ async def test_a_hold_and_its_end() -> None:
     assert (hold.amount_nano_usd, hold.budget_before_nano_usd, hold.budget_level) == (60, 100, "tenant")
     await world.port.void(hold.hold_id, timeout=1.0)
     await world.port.give_back("lease-1", 5, timeout=1.0)
-    assert world.metering.asked("ReturnLease")[0].held_nano_usd == 5
+    assert world.metering.asked("ReturnLease")[0].owed_nano_usd == 5
