@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
+import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -399,8 +401,11 @@ def test_the_server_takes_the_configuration(tmp_path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def server(directory: Path, *, open_to_all: bool = False) -> AsyncIterator[int]:
-    """A nats-server with our configuration, moved to loopback and to `directory`; `open_to_all`: without its users. Yields the port."""
+async def server(directory: Path, *, open_to_all: bool = False, monitor: int = 0) -> AsyncIterator[int]:
+    """A nats-server with our configuration, moved to loopback and to `directory`; `open_to_all`: without its users.
+
+    `monitor` is the port of its monitoring, 0: a free one. Yields the port for clients.
+    """
     text = (DEPLOY / "nats" / "nats.conf").read_text()
     assert text.count('store_dir: "/data"') == 1
     text = text.replace('store_dir: "/data"', f'store_dir: "{directory / "jetstream"}"')
@@ -408,7 +413,8 @@ async def server(directory: Path, *, open_to_all: bool = False) -> AsyncIterator
         text = text[: text.index("\nauthorization {")]
     directory.mkdir()
     (directory / "nats.conf").write_text(text)
-    port, monitor = free_port(), free_port()
+    port = free_port()
+    monitor = monitor or free_port()
     process = await asyncio.create_subprocess_exec(
         *(str(server_binary()), "-c", str(directory / "nats.conf"), "-a", "127.0.0.1", "-p", str(port), "-m", str(monitor)),
         env={**os.environ, **passwords()},
@@ -467,6 +473,22 @@ async def streams_of(client: Client) -> dict[str, Any]:
     return {
         info["config"]["name"]: {key: value for key, value in info["config"].items() if key != "metadata"} for info in listed
     }
+
+
+async def test_the_server_syncs_each_message_and_takes_the_largest_job(tmp_path: Path) -> None:
+    monitor = free_port()
+    async with server(tmp_path / "nats", monitor=monitor):
+
+        def ask(path: str) -> Any:
+            with urllib.request.urlopen(f"http://127.0.0.1:{monitor}/{path}", timeout=20) as answer:
+                return json.load(answer)
+
+        jetstream = (await asyncio.to_thread(ask, "jsz?config=true"))["config"]
+        assert jetstream["sync_always"] is True
+        assert jetstream["max_memory"] > CachingConfig().shared.max_bytes
+        (largest,) = [entry for entry in dataclasses.fields(BatchingConfig) if entry.name == "max_request_bytes"]
+        (about,) = largest.metadata.values()
+        assert (await asyncio.to_thread(ask, "varz"))["max_payload"] > about.maximum
 
 
 async def test_the_streams_of_the_file_are_those_that_the_services_make(tmp_path: Path) -> None:

@@ -28,6 +28,11 @@ CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _SINGLE: Final = frozenset(
     {b"host", b"content-length", b"transfer-encoding", b"authorization", b"x-api-key", b"content-type", b"idempotency-key"}
 )
+_HOP_HEADERS: Final = frozenset({b"connection", b"upgrade", b"http2-settings"})
+_SETTLE_SECONDS: Final = 1.0
+"""Time for handlers that were cut off to end."""
+_FRAMING_FACTOR: Final = 8
+"""A body in chunks of one byte, the finest there are, takes six bytes per byte. More than this is chunk extensions, or worse."""
 _WHOLE_WRITE: Final = 65_536
 """Bodies up to this many bytes are joined with their head: one copy is cheaper than a second write."""
 
@@ -38,7 +43,8 @@ class Application(Protocol):
     def handle(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
         """Answers `exchange` at once and returns None, or returns the coroutine that will. The coroutine answers every error itself.
 
-        It is cancelled when the client goes away, and when `exchange.expire_at` passes: then `exchange.expired` is set.
+        It is cancelled when the client goes away, and when `exchange.expire_at` passes: then `exchange.expired` is set. One that
+        ends without having answered costs the client its connection.
         """
         ...
 
@@ -67,8 +73,20 @@ class Exchange:
     """
 
     __slots__ = (
-        "_chunked", "_connection", "body", "closed", "expire_at", "expired", "headers", "is_old", "keep_alive", "method", "opened",
-        "refusal", "task", "target",
+        "_chunked",
+        "_connection",
+        "body",
+        "closed",
+        "expire_at",
+        "expired",
+        "headers",
+        "is_old",
+        "keep_alive",
+        "method",
+        "opened",
+        "refusal",
+        "target",
+        "task",
     )  # fmt: skip
 
     def __init__(
@@ -118,11 +136,12 @@ class Exchange:
         connection.advance_after(self)
 
     def open(self, head: bytes) -> None:
-        """Begins an answer whose length isn't known yet."""
+        """Begins an answer whose length isn't known yet. HEAD gets the head alone: what is sent after it is dropped."""
         if self.closed:
             return
         self.opened = True
         if self.is_old:
+            # Without chunks the end of the connection is the end of the answer.
             self.keep_alive = False
         else:
             self._chunked = True
@@ -132,7 +151,7 @@ class Exchange:
     def send(self, data: bytes) -> bool:
         """Writes a piece, not empty. False: the client reads too slowly, await `writable` before the next."""
         connection = self._connection
-        if self.closed:
+        if self.closed or self.method == b"HEAD":
             return True
         connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
         return not connection.is_stalled
@@ -146,9 +165,24 @@ class Exchange:
         if self.closed:
             return
         self.closed = True
-        if self._chunked:
+        if self._chunked and self.method != b"HEAD":
             self._connection.write(b"0\r\n\r\n")
         self._connection.advance_after(self)
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        """Starts the handler."""
+        connection = self._connection
+        task = self.task = asyncio.get_running_loop().create_task(work)
+        connection.listener.tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._connection.listener.tasks.discard(task)
+        if not self.closed:
+            # Nobody will answer any more, and requests behind this one must not wait for ever.
+            self._connection.abort()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            task.get_loop().call_exception_handler({"message": "a handler failed", "exception": error, "task": task})
 
     def _persistence(self) -> bytes:
         if not self.keep_alive or self._connection.listener.draining:
@@ -161,9 +195,9 @@ class Connection(asyncio.Protocol):
     """One socket of a client."""
 
     __slots__ = (
-        "_admitted", "_advancing", "_body", "_config", "_continue", "_current", "_deadline", "_fresh", "_head_bytes", "_header_bytes", "_headers",
-        "_is_old", "_keep_alive", "_loop", "_parser", "_queue", "_reading", "_refusal", "_size", "_stage", "_stalled_since",
-        "_target", "_timed", "_transport", "_waiter", "_write", "is_stalled", "listener",
+        "_admitted", "_advancing", "_body", "_config", "_continue", "_current", "_deadline", "_header_bytes", "_header_count", "_headers",
+        "_is_old", "_keep_alive", "_loop", "_parser", "_queue", "_reading", "_refusal", "_size", "_spare", "_stage", "_stalled_since",
+        "_stalled_size", "_target", "_timed", "_transport", "_waiter", "_wire", "_write", "is_stalled", "listener",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
@@ -179,9 +213,10 @@ class Connection(asyncio.Protocol):
         self._stage = _IDLE
         self._timed: _Stage | None = None
         self._deadline = 0.0
-        self._fresh = False
-        self._head_bytes = 0
+        self._spare = 0
+        self._wire = 0
         self._header_bytes = 0
+        self._header_count = 0
         self._headers: dict[bytes, bytes] = {}
         self._target = b""
         self._body: bytes | bytearray = b""
@@ -192,6 +227,7 @@ class Connection(asyncio.Protocol):
         self._refusal: Failure | None = None
         self.is_stalled = False
         self._stalled_since = 0.0
+        self._stalled_size = 0
         self._waiter: asyncio.Future[None] | None = None
 
     # asyncio.Protocol
@@ -208,32 +244,22 @@ class Connection(asyncio.Protocol):
             self._refuse(EdgeError(Reason.OVERLOADED, "too many connections are open; try again soon", retry_delay=1.0))
 
     def data_received(self, data: bytes) -> None:
-        if self._stage is _LINGER:
-            return
-        self._fresh = False
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            # The request itself was complete and is answered as HTTP/1.1; what follows is another protocol, which we don't speak.
-            self._leave()
-        except httptools.HttpParserError as error:
-            if self._refusal is None and self._stage is _IDLE and not self._keep_alive:
-                # Bytes after a request that said `Connection: close`: the request is answered, the bytes are nobody's.
-                self._leave()
-            elif self._refusal is None:
-                self._refusal = EdgeError(Reason.REQUEST_INVALID, f"this is not HTTP/1.1 as RFC 9112 has it: {error}")
         stage = self._stage
-        if stage is _HEAD and not self._fresh and self._refusal is None:
-            # llhttp hands a header over when it is complete; one that never ends is counted here.
-            self._head_bytes += len(data)
-            if self._head_bytes > self._config.max_header_bytes:
-                self._refusal = _too_large("the head of the request", self._config.max_header_bytes)
+        if stage is _LINGER:
+            return
+        self._spare += len(data)
+        self._wire += len(data)
+        self._parse(data)
+        stage = self._stage
+        if self._refusal is None:
+            self._check_framing(stage)
         if self._refusal is not None:
             self._refuse(self._refusal)
             return
-        if self._queue and self._current is None:
+        if self._queue:
+            # Also while another request is being answered: then reading stops here, or a client could fill the queue for ever.
             self._advance()
-        if stage is _IDLE or stage is _LINGER:
+        if stage is _IDLE or self._stage is _LINGER:
             return
         if self._timed is not stage:
             self._timed = stage
@@ -249,41 +275,46 @@ class Connection(asyncio.Protocol):
         self.listener.forget(self)
         self._drop_body()
         current, self._current = self._current, None
-        for exchange in self._queue:
-            exchange.closed = True
-            self.listener.release(len(exchange.body))
-        self._queue.clear()
+        self._drop_queue()
         self._stage = _LINGER
         if current is not None:
             self.listener.release(len(current.body))
             current.closed = True
             if current.task is not None:
                 current.task.cancel()
+        # Whoever still waits, or asks in a `finally` whether to wait, must not wait for a client that is gone.
+        self.is_stalled = False
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def pause_writing(self) -> None:
         self.is_stalled = True
         self._stalled_since = self._loop.time()
+        self._stalled_size = self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
         self.is_stalled = False
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         self._waiter = None
+        if self._stage is _LINGER:
+            self._deadline = max(self._deadline, self._loop.time() + self._config.write_timeout)
         if self._current is None:
             self._advance()
+            if self._current is None:
+                self._await_client()
 
     # llhttp
 
     def on_message_begin(self) -> None:
         self._stage = _HEAD
         self._timed = None
-        self._fresh = True
-        self._head_bytes = 0
+        self._spare = 0
         self._header_bytes = 0
+        self._header_count = 0
         self._headers = {}
         self._target = b""
+        self._is_old = False
         self._keep_alive = True
 
     def on_url(self, url: bytes) -> None:
@@ -303,6 +334,17 @@ class Connection(asyncio.Protocol):
         name = name.lower()
         headers = self._headers
         self._header_bytes += len(name) + len(value) + 4
+        self._header_count += 1
+        # Before lines of one name are joined: joining thousands of them costs the square of their number.
+        if self._header_bytes > self._config.max_header_bytes:
+            self._refusal = _too_large("the head of the request", self._config.max_header_bytes)
+            return
+        if self._header_count > self._config.max_header_count:
+            self._refusal = EdgeError(
+                Reason.REQUEST_TOO_LARGE,
+                f"the request has more than {self._config.max_header_count} header lines; leave some out",
+            )
+            return
         if name in headers:
             if name in _SINGLE:
                 self._refusal = EdgeError(
@@ -314,14 +356,15 @@ class Connection(asyncio.Protocol):
             headers[name] = headers[name] + b", " + value
         else:
             headers[name] = value
-        if self._header_bytes > self._config.max_header_bytes or len(headers) > self._config.max_header_count:
-            self._refusal = _too_large("the head of the request", self._config.max_header_bytes)
 
     def on_headers_complete(self) -> None:
         self._stage = _BODY
+        self._spare = self._wire = 0
         if self._refusal is not None:
             return
         headers = self._headers
+        if not self._target.startswith(b"/"):
+            self._target = _origin_form(self._target)
         version = self._parser.get_http_version()
         self._is_old = version == "1.0"
         if version != "1.1" and not self._is_old:
@@ -351,6 +394,7 @@ class Connection(asyncio.Protocol):
         if self._refusal is not None:
             return
         self._continue = False
+        self._spare = 0
         size = self._size + len(data)
         if size > self._config.max_body_bytes:
             self._refusal = _too_large("the body", self._config.max_body_bytes)
@@ -372,7 +416,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         self._continue = False
         keep_alive = self._keep_alive = self._parser.should_keep_alive()
-        if self._refusal is not None:
+        if self._refusal is not None or self._is_upgraded():
             return
         self._stage = _IDLE
         self._timed = None
@@ -407,22 +451,13 @@ class Connection(asyncio.Protocol):
         if self._queue:
             self._advance()
             return
-        if not self._reading:
-            self._resume()
-        now = self._loop.time()
-        if self._stage is _IDLE:
-            self._deadline = now + self._config.idle_timeout
-        else:
-            # The next request was held up behind this one: its time begins now.
-            self._deadline = now + (self._config.header_timeout if self._stage is _HEAD else self._config.body_timeout)
-            if self._continue:
-                self._invite()
+        self._await_client()
 
     # the listener's
 
     def sweep(self, now: float) -> None:
         """Ends what has taken too long."""
-        if self.is_stalled and now - self._stalled_since > self._config.write_timeout:
+        if self.is_stalled and self._is_stuck(now):
             self._transport.abort()
             return
         current = self._current
@@ -431,11 +466,12 @@ class Connection(asyncio.Protocol):
                 current.expired = True
                 current.task.cancel()
             return
-        if now < self._deadline:
+        # While we don't read, or wait for the client to read, the time isn't the client's.
+        if now < self._deadline or self.is_stalled or not self._reading:
             return
         stage = self._stage
         if stage is _IDLE:
-            self._transport.close()
+            self._shut()
         elif stage is _LINGER:
             self._transport.abort()
         elif stage is _HEAD:
@@ -446,7 +482,7 @@ class Connection(asyncio.Protocol):
     def retire(self) -> None:
         """Closes the connection if nothing is going on; else the next answer says that it is the last."""
         if self._current is None and not self._queue and self._stage is _IDLE:
-            self._transport.close()
+            self._shut()
 
     def abort(self) -> None:
         """Cuts the client off."""
@@ -469,7 +505,7 @@ class Connection(asyncio.Protocol):
                 self._reading = False
                 self._transport.pause_reading()
         elif not self._reading and self._current is None:
-            self._resume()
+            self._await_client()
 
     def _start(self, exchange: Exchange) -> None:
         self._current = exchange
@@ -478,12 +514,88 @@ class Connection(asyncio.Protocol):
             return
         work = self.listener.application.handle(exchange)
         if work is not None:
-            exchange.task = self._loop.create_task(work)
+            exchange.run(work)
+
+    def _await_client(self) -> None:
+        """Nothing is being answered: what the client does next begins its time now."""
+        if not self._reading:
+            self._resume()
+        stage = self._stage
+        config = self._config
+        if stage is not _LINGER:
+            limit = config.idle_timeout if stage is _IDLE else config.header_timeout if stage is _HEAD else config.body_timeout
+            self._deadline = self._loop.time() + limit
+            if self._continue:
+                self._invite()
 
     def _resume(self) -> None:
         self._reading = True
         if not self._transport.is_closing():
             self._transport.resume_reading()
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        while True:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                if self._refusal is not None:
+                    return
+                if not self._is_upgraded():
+                    # CONNECT: what follows is another protocol, which we don't speak.
+                    self._leave()
+                    return
+                # A view: copying the rest once per request would cost the square of their number.
+                data = memoryview(data)[upgrade.args[0] :]
+                self._parse_plainly()
+                if self._refusal is None:
+                    continue
+            except httptools.HttpParserError as error:
+                if self._refusal is None and self._stage is _IDLE and not self._keep_alive:
+                    # Bytes after a request that said `Connection: close`: the request is answered, the bytes are nobody's.
+                    self._leave()
+                elif self._refusal is None:
+                    self._refusal = EdgeError(Reason.REQUEST_INVALID, f"this is not HTTP/1.1 as RFC 9112 has it: {error}")
+            return
+
+    def _is_upgraded(self) -> bool:
+        return self._parser.should_upgrade() and self._parser.get_method() != b"CONNECT"
+
+    def _parse_plainly(self) -> None:
+        """Parses the head again without its wish for another protocol.
+
+        RFC 9110, 7.8: a server may ignore Upgrade and go on in HTTP/1.1. Java's HttpClient wishes h2c with every first request, one
+        with a body too, and httptools takes such a body for the other protocol's bytes.
+        """
+        method, headers, connection = self._parser.get_method(), self._headers, self._headers.get(b"connection", b"")
+        lines = [b"%b %b HTTP/1.1\r\n" % (method, self._target)]
+        lines += [b"%b: %b\r\n" % (name, value) for name, value in headers.items() if name not in _HOP_HEADERS]
+        if b"close" in [token.strip().lower() for token in connection.split(b",")]:
+            lines.append(b"connection: close\r\n")
+        lines.append(b"\r\n")
+        self._parser = httptools.HttpRequestParser(self)
+        try:
+            self._parser.feed_data(b"".join(lines))
+        except httptools.HttpParserError as error:
+            self._refusal = EdgeError(Reason.REQUEST_INVALID, f"this is not HTTP/1.1 as RFC 9112 has it: {error}")
+
+    def _check_framing(self, stage: _Stage) -> None:
+        """Bounds what no callback counts: a head or trailer that never ends (llhttp hands over whole lines), chunk extensions."""
+        config = self._config
+        if stage is _HEAD:
+            if self._spare > config.max_header_bytes + config.max_target_bytes:
+                self._refusal = _too_large("the head of the request", config.max_header_bytes)
+        elif stage is _BODY and max(self._spare, self._wire - _FRAMING_FACTOR * self._size) > config.max_header_bytes:
+            self._refusal = _too_large("the framing of the body, its trailers included,", config.max_header_bytes)
+
+    def _is_stuck(self, now: float) -> bool:
+        """Whether the client has read less than a buffer's worth in the write timeout. A long answer may take long as a whole."""
+        size = self._transport.get_write_buffer_size()
+        if size > self._stalled_size:
+            self._stalled_size = size
+        elif size <= self._stalled_size - self._config.write_buffer_bytes:
+            self._stalled_size = size
+            self._stalled_since = now
+        return now - self._stalled_since > self._config.write_timeout
 
     def _invite(self) -> None:
         if self._stage is _BODY and self._current is None and not self._queue and self._refusal is None:
@@ -495,7 +607,9 @@ class Connection(asyncio.Protocol):
         self._refusal = failure
         self._drop_body()
         self._stage = _LINGER
-        exchange = Exchange(self, b"GET", self._target, self._headers, b"", False, self._is_old)
+        # A method is known when a target is; to HEAD even a refusal has no body.
+        method = self._parser.get_method() if self._target else b"GET"
+        exchange = Exchange(self, method, self._target, self._headers, b"", False, self._is_old)
         exchange.refusal = failure
         self._queue.append(exchange)
         if self._current is None:
@@ -507,7 +621,7 @@ class Connection(asyncio.Protocol):
         self._stage = _LINGER
         last = self._queue[-1] if self._queue else self._current
         if last is None:
-            self._transport.close()
+            self._shut()
         else:
             last.keep_alive = False
 
@@ -517,14 +631,34 @@ class Connection(asyncio.Protocol):
         A client that is still sending when it is refused would get a reset, which throws away the refusal before it is read. So our
         side is closed first, and what still comes is thrown away for a moment.
         """
-        if last.refusal is None or not self._admitted or self._config.linger_timeout == 0:
-            self._transport.close()
+        unread = self._stage is not _IDLE or not self._reading or bool(self._queue)
+        self._drop_queue()
+        if not unread or not self._admitted or self._config.linger_timeout == 0:
+            self._shut()
             return
+        self._stage = _LINGER
+        self._drop_body()
         if not self._reading:
             self._resume()
-        self._deadline = self._loop.time() + self._config.linger_timeout
-        if self._transport.can_write_eof():
+        unsent = self._transport.get_write_buffer_size()
+        self._deadline = self._loop.time() + (self._config.write_timeout if unsent else self._config.linger_timeout)
+        if not self._transport.is_closing() and self._transport.can_write_eof():
             self._transport.write_eof()
+
+    def _shut(self) -> None:
+        """Closes when the client has got what was written, or hasn't read it in time."""
+        self._stage = _LINGER
+        self._drop_body()
+        self._reading = True
+        self._deadline = self._loop.time() + self._config.write_timeout
+        self._transport.close()
+
+    def _drop_queue(self) -> None:
+        """Gives up requests that came after the last one that is answered: its answer has said so."""
+        for exchange in self._queue:
+            exchange.closed = True
+            self.listener.release(len(exchange.body))
+        self._queue.clear()
 
     def _drop_body(self) -> None:
         self.listener.release(self._size)
@@ -541,6 +675,8 @@ class Listener:
         self.draining = False
         self.date_line = b""
         """`date: …` with its end of line, at most one sweep old."""
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Handlers at work; one that was cancelled is among them until it has ended."""
         self.port = 0
         self._connections: set[Connection] = set()
         self._buffered = 0
@@ -582,7 +718,7 @@ class Listener:
     async def drain(self) -> None:
         """Accepts nothing more, lets requests in flight end, and cuts off those that haven't after `drain_timeout`.
 
-        Each answer from now on says `Connection: close`. Returns when every connection is gone.
+        Each answer from now on says `Connection: close`. Returns when every connection is gone and every handler has ended.
         """
         self.draining = True
         if self._server is not None:
@@ -591,9 +727,7 @@ class Listener:
             connection.retire()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), self.config.drain_timeout)
-        self._abort()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._empty.wait(), 1.0)
+        await self._cut_off()
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
@@ -614,7 +748,7 @@ class Listener:
             yield
         finally:
             server.close()
-            self._abort()
+            await self._cut_off()
             sweeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await sweeper
@@ -635,9 +769,23 @@ class Listener:
         for connection in list(self._connections):
             connection.sweep(now)
 
-    def _abort(self) -> None:
+    async def _cut_off(self) -> None:
         for connection in list(self._connections):
             connection.abort()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), _SETTLE_SECONDS)
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=_SETTLE_SECONDS)
+
+
+def _origin_form(target: bytes) -> bytes:
+    """The path and query of an absolute address, as proxies send it (RFC 9112, 3.2.2); other forms as they are."""
+    scheme, separator, rest = target.partition(b"://")
+    if not separator or scheme.lower() not in (b"http", b"https"):
+        return target
+    end = min(position for position in (rest.find(b"/"), rest.find(b"?"), len(rest)) if position >= 0)
+    path = rest[end:]
+    return path if path.startswith(b"/") else b"/" + path
 
 
 def _too_large(what: str, limit: int) -> EdgeError:

@@ -16,12 +16,12 @@ from typing import Any, Final
 
 import orjson
 from google.protobuf import json_format
-from sluice.execution.v1 import execution_service_pb2
-from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2, receipt_pb2
 
 from services.gateway.core import Completion, Opened
 from services.gateway.edge import payload
 from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
+from sluice.execution.v1 import execution_service_pb2
+from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2, receipt_pb2
 
 DONE: Final = b"data: [DONE]\n\n"
 

@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import orjson
-from sluice.inference.v1 import conversation_pb2
 
 from services.gateway.edge.errors import EdgeError
 from services.runtime.errors import Reason
+from sluice.inference.v1 import conversation_pb2
 
 INT32_MAX: Final = 2**31 - 1
 INT64_MAX: Final = 2**63 - 1

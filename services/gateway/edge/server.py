@@ -268,7 +268,7 @@ class Edge:
         try:
             async for event in events:
                 if type(event) is bytes:
-                    data = event
+                    data = stream.wire(event) if isinstance(stream, anthropic.MessageStream) else event
                 elif isinstance(event, Opened):
                     stream = (
                         openai.ChatStream(event, include_usage=call.include_usage)

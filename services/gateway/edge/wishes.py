@@ -27,10 +27,10 @@ from typing import Final
 
 import orjson
 from google.protobuf.duration_pb2 import Duration
-from sluice.inference.v1 import inference_service_pb2, receipt_pb2
 
 from services.gateway.edge import payload
 from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
+from sluice.inference.v1 import inference_service_pb2, receipt_pb2
 
 PREFIX: Final = b"x-sluice-"
 _DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h)?")

@@ -26,8 +26,8 @@ LONG: Final = 50.0
 """Seconds that loading the model and a short answer may take on a machine that is busy."""
 SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
-    "properties": {"city": {"enum": ["Rome", "Paris"]}, "sunny": {"type": "boolean"}},
-    "required": ["city", "sunny"],
+    "properties": {"sunny": {"type": "boolean"}},
+    "required": ["sunny"],
     "additionalProperties": False,
 }
 
@@ -107,7 +107,7 @@ async def test_the_real_model(tmp_path: Path) -> None:
             kind=conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA, json_schema=orjson.dumps(SCHEMA).decode(), name="weather"
         )
         talk_of_weather = conversation("Is it sunny in Rome?", sampling=cool, response_format=formatted)
-        answer = (await provider.complete(prompt(talk_of_weather, most=40, seconds=LONG))).answer
+        answer = (await provider.complete(prompt(talk_of_weather, most=24, seconds=LONG))).answer
         jsonschema.validate(orjson.loads(texts(answer)), SCHEMA)
 
         # More than fits is the caller's fault, by the model server's own words.
