@@ -3,6 +3,7 @@
 Failure
 └── BatchingError
     ├── QueueFull         the tenant's queue takes no more
+    ├── TooLarge          more bytes than the broker takes in a message
     ├── QueueUnavailable  NATS can't be reached: nothing is accepted in memory
     ├── JobNotFound       no such job of this tenant
     ├── JobIdReused       the request id was used for another body
@@ -28,6 +29,17 @@ class QueueFull(BatchingError):
             f"the queue holds {capacity} jobs and takes no more; wait until some are done",
             metadata={"limit": str(capacity)},
             retry_delay=5.0,
+        )
+
+
+class TooLarge(BatchingError):
+    """More bytes than the broker takes in a message."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            Reason.REQUEST_TOO_LARGE,
+            f"the job, with its answer if it has one, has {size} bytes, and the queue takes at most {limit}",
+            metadata={"limit": str(limit)},
         )
 
 

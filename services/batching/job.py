@@ -16,7 +16,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Final
 
-from services.runtime.errors import Code, Failure
+from services.runtime.errors import Code, Failure, Reason
 
 
 class State(enum.Enum):
@@ -119,8 +119,8 @@ class Retries:
         """
         if attempts > self.most or not may_succeed_later(failure):
             return None
-        backoff = min(self.longest, self.first * 2.0 ** (attempts - 1))
-        # Jobs that failed together must not come back together.
+        # Jobs that failed together must not come back together, those that wait longest included.
+        backoff = min(self.longest / 1.25, self.first * 2.0 ** (attempts - 1))
         backoff *= 0.75 + secrets.randbelow(1000) / 2000
         return max(backoff, min(failure.retry_delay or 0.0, self.longest))
 
@@ -140,7 +140,7 @@ _FAULTS: Final = frozenset(
 
 def may_succeed_later(failure: Failure) -> bool:
     """Whether the same request may succeed at another time."""
-    return failure.code not in _FAULTS
+    return failure.code not in _FAULTS and failure.reason is not Reason.REQUEST_TOO_LARGE
 
 
 def job_id(tenant_id: str, request_id: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,16 +25,16 @@ class JobTable(Protocol):
         """The job, or None."""
 
     async def create(self, job: Job) -> int:
-        """Inserts a job and returns its revision. Raises Conflict when there is one."""
+        """Inserts a job and returns its revision. Raises Conflict when there is one, TooLarge."""
 
     async def replace(self, job: Job, revision: int) -> int:
-        """Replaces the job if its revision is still `revision`. Raises Conflict otherwise."""
+        """Replaces the job if its revision is still `revision`. Raises Conflict otherwise, TooLarge."""
 
     def list(self, tenant_id: str) -> AsyncIterator[Job]:
         """Every job of a tenant, in no order."""
 
-    def watch(self, tenant_id: str, job_id: str) -> AsyncIterator[Job]:
-        """The job now and at every change; ends never by itself."""
+    def watch(self, tenant_id: str, job_id: str) -> AsyncGenerator[Job, None]:
+        """The job now and at every change, the latest at least when they come fast; ends never by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +69,10 @@ class Queues(Protocol):
     """The queues. Every call raises QueueUnavailable when the broker can't be reached in time."""
 
     async def put(self, ticket: Ticket) -> None:
-        """Appends a ticket, durably. Raises QueueFull."""
+        """Appends a ticket, durably. Raises QueueFull, TooLarge."""
 
     async def put_later(self, ticket: Ticket, at: float) -> None:
-        """Appends a ticket at the Unix time `at`, durably kept until then."""
+        """Appends a ticket at the Unix time `at`, durably kept until then. Raises TooLarge."""
 
     async def bury(self, ticket: Ticket, failure: Failure, now: float) -> None:
         """Puts a ticket among the dead letters, durably."""

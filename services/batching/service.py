@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
+import math
 from collections.abc import AsyncIterator, Callable, Collection
-from typing import Final
+from typing import Final, Literal
 
 from services.batching.job import Job, job_id
 from services.batching.keys import Keys
@@ -58,9 +60,12 @@ class JobServicer:
         if job_class not in self._classes:
             raise invalid("job_class", f"{job_class!r} is not one of {', '.join(sorted(self._classes))}")
         now = self._clock()
-        deadline = seconds_of(request.deadline_time) if request.HasField("deadline_time") else now + self._lifetime
+        deadline = _moment(request, "deadline_time", now + self._lifetime)
         if deadline <= now:
             raise invalid("deadline_time", "has passed")
+        not_before = _moment(request, "not_before_time", 0.0)
+        if not_before >= deadline:
+            raise invalid("not_before_time", "must be earlier than deadline_time, or the job could never start")
         body = pb2.SubmitJobRequest()
         body.CopyFrom(request)
         body.request.request_id = ""
@@ -73,7 +78,7 @@ class JobServicer:
             request=body.request,
             submit_sha256=hashlib.sha256(body.SerializeToString(deterministic=True)).digest(),
             create_time=now,
-            not_before_time=seconds_of(request.not_before_time) if request.HasField("not_before_time") else 0.0,
+            not_before_time=not_before,
             deadline_time=deadline,
             allowed_models=owner.allowed_models,
             cache_namespace=owner.cache_namespace,
@@ -92,7 +97,10 @@ class JobServicer:
         if not 0 <= request.page_size <= MAX_PAGE:
             raise invalid("page_size", f"must be 0 to {MAX_PAGE}, got {request.page_size}")
         size = request.page_size or DEFAULT_PAGE
-        jobs = await self._jobs.list(owner.tenant_id, state_from_proto(request.state))
+        state = state_from_proto(request.state)
+        if request.state and state is None:
+            raise invalid("state", f"{request.state} is no state")
+        jobs = await self._jobs.list(owner.tenant_id, state)
         if request.page_token:
             after = _page_key(request.page_token)
             jobs = [job for job in jobs if (-job.create_time, job.id) > after]
@@ -105,8 +113,9 @@ class JobServicer:
     async def WatchJob(self, request: pb2.WatchJobRequest, call: Call) -> AsyncIterator[pb2.WatchJobResponse]:
         """See the proto."""
         owner = await self._keys.owner(call.metadata.get("authorization"))
-        async for job in self._jobs.watch(owner.tenant_id, _job_id(request.job_id)):
-            yield pb2.WatchJobResponse(job=job_to_proto(job, full=True))
+        async with contextlib.aclosing(self._jobs.watch(owner.tenant_id, _job_id(request.job_id))) as changes:
+            async for job in changes:
+                yield pb2.WatchJobResponse(job=job_to_proto(job, full=True))
 
     async def CancelJob(self, request: pb2.CancelJobRequest, call: Call) -> pb2.CancelJobResponse:
         """See the proto."""
@@ -119,6 +128,16 @@ class JobServicer:
         owner = await self._keys.owner(call.metadata.get("authorization"))
         job = await self._jobs.redrive(owner.tenant_id, _job_id(request.job_id))
         return pb2.RedriveJobResponse(job=job_to_proto(job, full=True))
+
+
+def _moment(request: pb2.SubmitJobRequest, field: Literal["deadline_time", "not_before_time"], absent: float) -> float:
+    """The timestamp in `field` as Unix seconds, or `absent`."""
+    if not request.HasField(field):
+        return absent
+    try:
+        return seconds_of(getattr(request, field))
+    except ValueError:
+        raise invalid(field, "is no valid Timestamp: 0001-01-01 to 9999-12-31, nanos 0 to 999,999,999") from None
 
 
 def _job_id(value: str) -> str:
@@ -134,6 +153,8 @@ def _page_token(job: Job) -> str:
 def _page_key(page_token: str) -> tuple[float, str]:
     try:
         created, found = base64.urlsafe_b64decode(page_token.encode()).decode().split(" ")
+        if not math.isfinite(float(created)):
+            raise ValueError(created)
         return -float(created), found
     except (ValueError, binascii.Error):
         raise invalid("page_token", "is not one that ListJobs gave") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,13 +80,14 @@ class Jobs:
         found = [job async for job in self._table.list(tenant_id) if state is None or job.state is state]
         return sorted(found, key=lambda job: (-job.create_time, job.id))
 
-    async def watch(self, tenant_id: str, job_id: str) -> AsyncIterator[Job]:
+    async def watch(self, tenant_id: str, job_id: str) -> AsyncGenerator[Job, None]:
         """The job now and at every change, until it is final. Raises JobNotFound."""
         await self._row(tenant_id, job_id)
-        async for job in self._table.watch(tenant_id, job_id):
-            yield job
-            if job.is_final:
-                return
+        async with contextlib.aclosing(self._table.watch(tenant_id, job_id)) as changes:
+            async for job in changes:
+                yield job
+                if job.is_final:
+                    return
 
     async def cancel(self, tenant_id: str, job_id: str) -> Job:
         """The job, CANCELLED unless it had finished. Raises JobNotFound."""
@@ -103,15 +105,18 @@ class Jobs:
             return cancelled
 
     async def redrive(self, tenant_id: str, job_id: str) -> Job:
-        """Runs a dead job again. Raises JobNotFound, JobState, QueueFull."""
-        while True:
-            row = await self._row(tenant_id, job_id)
-            if row.job.state is not State.DEAD:
-                raise JobState(job_id, row.job.state.value, State.DEAD.value)
-            queued = row.job.redriven(self._clock(), self._lifetime)
-            try:
-                await self._table.replace(queued, row.revision)
-            except Conflict:
-                continue
-            await self._queues.put(Ticket(queued, 1))
-            return queued
+        """Runs a dead job again; as for `submit`, the ticket comes first and either write alone leads to the job being run.
+
+        Raises JobNotFound, JobState, QueueFull, QueueUnavailable.
+        """
+        row = await self._row(tenant_id, job_id)
+        if row.job.state is not State.DEAD:
+            raise JobState(job_id, row.job.state.value, State.DEAD.value)
+        queued = row.job.redriven(self._clock(), self._lifetime)
+        await self._queues.put(Ticket(queued, 1))
+        try:
+            await self._table.replace(queued, row.revision)
+        except Conflict:
+            # A worker, or a second redrive, was faster: the table's word holds.
+            return (await self._row(tenant_id, job_id)).job
+        return queued

@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Final, Protocol
 
-from services.batching.errors import BatchingError, Conflict
-from services.batching.job import Job, Retries, State
+from services.batching.errors import BatchingError, Conflict, TooLarge
+from services.batching.job import Job, Retries, State, may_succeed_later
 from services.batching.ports import Delivery, JobTable, QueueName, Queues, Row, Ticket
 from services.runtime.errors import Failure, Reason
 
@@ -82,7 +83,8 @@ class Worker:
     def cancel(self, job_id: str) -> None:
         """A job was cancelled: ends its attempt if it runs here."""
         task = self._running.get(job_id)
-        if task is not None:
+        # Told once by the submission and once by NATS: a second cancel would end the acknowledgement that follows the first.
+        if task is not None and job_id not in self._cancelled:
             self._cancelled.add(job_id)
             task.cancel()
 
@@ -100,8 +102,8 @@ class Worker:
                     took = 0
                     try:
                         took = await self._round(group)
-                    except Failure as failure:
-                        self._observer.failed("taking jobs", failure)
+                    except Exception as error:  # noqa: BLE001 - a worker that raises ends the whole process
+                        self._observer.failed("taking jobs", error)
                         await asyncio.sleep(_PAUSE_AFTER_FAILURE)
                     if not took:
                         with contextlib.suppress(TimeoutError):
@@ -174,13 +176,14 @@ class Worker:
                 # The process ends: the ticket stays, another worker goes on.
                 raise
             with contextlib.suppress(BatchingError):
-                await self._acknowledge_cancelled(delivery)
+                await self._acknowledge_ended(delivery)
         except BatchingError as error:
             self._observer.failed(f"job {delivery.ticket.job.id}", error)
         except Exception as error:  # noqa: BLE001 - a message boundary: one bad ticket must not end the worker
             self._observer.failed(f"job {delivery.ticket.job.id}", error)
 
-    async def _acknowledge_cancelled(self, delivery: Delivery) -> None:
+    async def _acknowledge_ended(self, delivery: Delivery) -> None:
+        """Removes the ticket only if the job has ended: else it is what saves the job when its present owner dies."""
         ticket = delivery.ticket
         row = await self._table.get(ticket.job.tenant_id, ticket.job.id)
         if row is not None and row.job.is_final:
@@ -197,12 +200,25 @@ class Worker:
             try:
                 response = await self._generate(job, min(self._attempt_timeout, max(0.001, job.deadline_time - self._clock())))
             except Failure as failure:
-                await self._after_failure(row, delivery.ticket, failure)
+                owned = await self._after_failure(row, delivery.ticket, failure)
             else:
-                await self._finish(row, job.succeeded(response, self._clock()))
+                owned = await self._succeed(row, response)
         finally:
             heartbeat.cancel()
-        await delivery.done()
+        if owned:
+            await delivery.done()
+        else:
+            # Cancelled, or taken over by another worker. The server would accept our acknowledgement all the same (M10).
+            await self._acknowledge_ended(delivery)
+
+    async def _succeed(self, row: Row, response: object) -> bool:
+        """Records the answer; False as `_finish`."""
+        now = self._clock()
+        try:
+            return await self._finish(row, row.job.succeeded(response, now))
+        except TooLarge as failure:
+            # To run it again would be paid again and as large.
+            return await self._finish(row, row.job.ended(State.FAILED, now, failure))
 
     async def _begin(self, ticket: Ticket) -> Row | None:
         """Counts the attempt in the table and returns the running job; None when there is nothing to run."""
@@ -213,9 +229,16 @@ class Worker:
             try:
                 if row is None:
                     # Accepted, but the table doesn't know: the submit died between its two writes, or the table was lost.
-                    row = Row(wanted, await self._table.create(wanted))
+                    # Attempts before this ticket's were made, whatever became of their record.
+                    rebuilt = replace(wanted, attempts=ticket.attempt - 1)
+                    row = Row(rebuilt, await self._table.create(rebuilt))
                 job = row.job
-                if job.is_final or job.submit_sha256 != wanted.submit_sha256:
+                if job.submit_sha256 != wanted.submit_sha256 or wanted.generation < job.generation:
+                    return None
+                if job.state is State.DEAD and wanted.generation > job.generation:
+                    # The redrive died between its two writes.
+                    job = wanted
+                if job.is_final:
                     return None
                 if job.state is State.RETRYING and ticket.attempt <= job.attempts:
                     # The attempt that this ticket asked for is over; the next one has its own.
@@ -225,7 +248,7 @@ class Worker:
                     return None
                 if job.attempts > self._retries.most:
                     failure = job.failure or _died(job)
-                    await self._queues.bury(ticket, failure, now)
+                    await self._queues.bury(Ticket(job, ticket.attempt), failure, now)
                     await self._finish(row, job.ended(State.DEAD, now, failure))
                     return None
                 started = job.started(now)
@@ -233,7 +256,8 @@ class Worker:
             except Conflict:
                 continue
 
-    async def _after_failure(self, row: Row, ticket: Ticket, failure: Failure) -> None:
+    async def _after_failure(self, row: Row, ticket: Ticket, failure: Failure) -> bool:
+        """Records a failed attempt; False as `_finish`."""
         job, now = row.job, self._clock()
         delay = self._retries.delay(job.attempts, failure)
         if delay is not None and now + delay < job.deadline_time:
@@ -241,23 +265,24 @@ class Worker:
             retrying = job.retrying(failure, at)
             # The next ticket is durable before the table promises it; one that comes too early is dropped by `_begin`.
             await self._queues.put_later(Ticket(retrying, job.attempts + 1), at)
-            await self._finish(row, retrying)
-            self._observer.retried(retrying)
-            return
-        if job.attempts > self._retries.most:
-            await self._queues.bury(ticket, failure, now)
-            await self._finish(row, job.ended(State.DEAD, now, failure))
-        else:
-            await self._finish(row, job.ended(State.FAILED, now, failure))
+            owned = await self._finish(row, retrying)
+            if owned:
+                self._observer.retried(retrying)
+            return owned
+        if job.attempts > self._retries.most and may_succeed_later(failure):
+            await self._queues.bury(Ticket(job, ticket.attempt), failure, now)
+            return await self._finish(row, job.ended(State.DEAD, now, failure))
+        return await self._finish(row, job.ended(State.FAILED, now, failure))
 
-    async def _finish(self, row: Row, changed: Job) -> None:
-        """Writes the job's new state unless somebody, a cancel, was faster."""
+    async def _finish(self, row: Row, changed: Job) -> bool:
+        """Writes the job's new state; False when somebody, a cancel or a worker that took over, was faster."""
         try:
             await self._table.replace(changed, row.revision)
         except Conflict:
-            return
+            return False
         if changed.is_final:
             self._observer.finished(changed)
+        return True
 
     async def _extend(self, delivery: Delivery) -> None:
         while True:

@@ -190,6 +190,11 @@ def plan(options: Options) -> Plan:
         gateway = sections.setdefault("gateway", {}) or {}
         gateway["edge"] = {**(gateway.get("edge") or {}), "port": http_port}
         sections["gateway"] = gateway
+        if not options.mesh:
+            # One process shares its answers with nobody, and the NATS that would keep them ends with it. Whoever has more says so.
+            caching = sections.setdefault("caching", {}) or {}
+            caching["shared"] = {"enabled": False, **(caching.get("shared") or {})}
+            sections["caching"] = caching
         config = run / f"{name}.yaml"
         write_private(config, yaml.safe_dump(sections, sort_keys=False))
         return Spec(

@@ -15,7 +15,7 @@ from typing import Any, Final
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from services.execution.errors import AllFailed, AttemptFailed, ConnectionStale
+from services.execution.errors import AllFailed, AttemptFailed, ConnectionStale, SpoolFull
 from services.execution.pricing import cost_of
 from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt, Provider
 from services.execution.spool import Spool
@@ -91,10 +91,24 @@ class _Attempt:
         failure: Failure | None = None,
     ) -> None:
         """Settles: into the spool, the operation's receipt, and routing's statistics."""
+        self.operation.spool.settle(self._settle(outcome, usage, is_final=is_final, failure=failure))
+
+    async def end_well(self, usage: answer_pb2.Usage) -> None:
+        """Settles a success; returns when its record is written, together with others of this turn of the loop."""
+        await self.operation.spool.end(self._settle(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage, is_final=True, failure=None))
+
+    def _settle(
+        self,
+        outcome: receipt_pb2.AttemptOutcome.ValueType,
+        usage: answer_pb2.Usage | None,
+        *,
+        is_final: bool,
+        failure: Failure | None,
+    ) -> metering_service_pb2.Settlement:
         self.settled = True
         took = time.time_ns() - self.began
-        record = metering_service_pb2.Settlement()
-        record.MergeFrom(self.record)
+        # The start's record was written as bytes; it becomes the settlement's.
+        record = self.record
         cost = 0
         if usage is not None:
             record.usage.CopyFrom(usage)
@@ -112,7 +126,6 @@ class _Attempt:
         record.error_reason = reason
         record.is_final = is_final
         operation = self.operation
-        operation.spool.settle(record)
         operation.cost += cost
         if usage is not None and self.price is not None:
             operation.price_version = self.price.price_version
@@ -137,6 +150,7 @@ class _Attempt:
             report.first_token_duration.CopyFrom(first)
         operation.attempts.append(attempt)
         operation.report(report)
+        return record
 
 
 class Operation:
@@ -198,7 +212,7 @@ class Operation:
             )
         )
 
-    def _begin(self, candidate: routing_service_pb2.Candidate) -> tuple[Provider, _Attempt] | None:
+    async def _begin(self, candidate: routing_service_pb2.Candidate) -> tuple[Provider, _Attempt] | None:
         """The provider and a recorded attempt; None when the candidate can't be called now. Raises SpoolFull."""
         provider = self._targets.providers.get(candidate.provider)
         if provider is None:
@@ -211,9 +225,17 @@ class Operation:
         self._number += 1
         try:
             attempt = _Attempt(self, self._number, candidate, target)
-            self.spool.start(attempt.record)
         except BaseException:
             target.breaker.ignored()
+            raise
+        try:
+            await self.spool.begin(attempt.record)
+        except SpoolFull:
+            target.breaker.ignored()
+            raise
+        except BaseException as error:
+            # The caller went away while the record was being written: it may be there, so it is settled.
+            self._dropped(attempt, None, error)
             raise
         return provider, attempt
 
@@ -274,7 +296,7 @@ class Operation:
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
             for again in (False, True):
-                begun = self._begin(candidate)
+                begun = await self._begin(candidate)
                 if begun is None:
                     break
                 provider, attempt = begun
@@ -297,7 +319,7 @@ class Operation:
                     raise
                 attempt.target.breaker.succeeded()
                 self._account(completed.answer)
-                attempt.end(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage=completed.answer.usage, is_final=True)
+                await attempt.end_well(completed.answer.usage)
                 return completed
         raise self._exhausted()
 
@@ -320,7 +342,7 @@ class Operation:
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
             for again in (False, True):
-                begun = self._begin(candidate)
+                begun = await self._begin(candidate)
                 if begun is None:
                     break
                 provider, attempt = begun
@@ -384,7 +406,7 @@ class Operation:
                 piece = await anext(pieces)
             self._account(piece.answer)
             attempt.target.breaker.succeeded()
-            attempt.end(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage=piece.answer.usage, is_final=True)
+            await attempt.end_well(piece.answer.usage)
             yield piece
         except StopAsyncIteration:
             failure = AttemptFailed(Reason.PROVIDER_STREAM_BROKEN, "the provider's stream ended before its answer did")
@@ -424,7 +446,7 @@ class Operation:
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
             for again in (False, True):
-                begun = self._begin(candidate)
+                begun = await self._begin(candidate)
                 if begun is None:
                     break
                 provider, attempt = begun
@@ -458,7 +480,7 @@ class Operation:
                 if usage.source == answer_pb2.USAGE_SOURCE_UNSPECIFIED:
                     usage.input_token_count = sum(len(text.encode()) // 3 + 1 for text in request.inputs)
                     usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
-                attempt.end(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage=usage, is_final=True)
+                await attempt.end_well(usage)
                 return embedded, candidate.model
         raise self._exhausted()
 

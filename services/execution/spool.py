@@ -73,6 +73,8 @@ class Spool:
         self._bytes = 0
         self._open: dict[str, _Segment] = {}
         self._unposted: deque[tuple[Any, _Segment]] = deque()
+        self._waiting: list[tuple[int, Record, asyncio.Future[None]]] = []
+        """To be written at the end of this turn of the loop."""
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -143,10 +145,12 @@ class Spool:
         return segment
 
     def _write(self, kind: int, payload: bytes) -> _Segment:
+        return self._append(_HEADER.pack(len(payload), zlib.crc32(payload), kind) + payload)
+
+    def _append(self, data: bytes) -> _Segment:
         segment = self._segments[-1]
         if segment.size >= self._segment_bytes:
             segment = self._next_segment()
-        data = _HEADER.pack(len(payload), zlib.crc32(payload), kind) + payload
         written = os.write(segment.descriptor, data)
         if written != len(data):
             # A full disk. What was written of it goes again: a reader would stop there and miss what is written later.
@@ -174,6 +178,9 @@ class Spool:
         except (OSError, SpoolFull):
             segment = self._segments[-1]
             self.failure_count += 1
+        self._take_settled(record, segment)
+
+    def _take_settled(self, record: Record, segment: _Segment) -> None:
         segment.waiting += 1
         self._unposted.append((record, segment))
         started = self._open.pop(record.attempt_id, None)
@@ -184,6 +191,55 @@ class Spool:
         if not self._wake.is_set():
             self._idle.clear()
             self._wake.set()
+
+    async def begin(self, record: Record) -> None:
+        """As `start`, by one `write` for all that begin in the same turn of the loop; returns when it is written.
+
+        Raises SpoolFull. When it is cancelled the record may be written all the same, so the attempt is to be settled.
+        """
+        if self._bytes > self._most_bytes:
+            raise SpoolFull
+        await self._grouped(_START, record)
+
+    async def end(self, record: Record) -> None:
+        """As `settle`, by one `write` for all that end in the same turn of the loop; returns when it is written."""
+        await self._grouped(_SETTLE, record)
+
+    def _grouped(self, kind: int, record: Record) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        group = self._waiting
+        if not group:
+            loop.call_soon(self._write_group)
+        # One future each: who is cancelled cancels the one it awaits, and must not take the others along.
+        written = loop.create_future()
+        group.append((kind, record, written))
+        return written
+
+    def _write_group(self) -> None:
+        group, self._waiting = self._waiting, []
+        parts = []
+        for kind, record, _ in group:
+            payload = record.SerializeToString()
+            parts.append(_HEADER.pack(len(payload), zlib.crc32(payload), kind))
+            parts.append(payload)
+        failure: SpoolFull | None = None
+        try:
+            segment = self._append(b"".join(parts))
+        except (OSError, SpoolFull) as error:
+            failure = error if isinstance(error, SpoolFull) else SpoolFull()
+            segment = self._segments[-1]
+            self.failure_count += 1
+        for kind, record, written in group:
+            if kind == _SETTLE:
+                self._take_settled(record, segment)
+            elif failure is None:
+                segment.waiting += 1
+                self._open[record.attempt_id] = segment
+            if not written.done():
+                if failure is not None and kind == _START:
+                    written.set_exception(failure)
+                else:
+                    written.set_result(None)
 
     async def run(self) -> None:
         """Fsyncs and posts, in groups, until cancelled."""
@@ -240,6 +296,8 @@ class Spool:
 
     def close(self) -> None:
         """Closes the files; those that are done with are removed, the others wait for the next start."""
+        if self._waiting:
+            self._write_group()
         if self._segments and not self._segments[-1].waiting:
             last = self._segments.pop()
             os.close(last.descriptor)

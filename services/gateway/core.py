@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import time
 import zlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -144,17 +144,22 @@ class Core:
 
     # Answers
 
-    async def generate(
+    def generate(
         self,
         principal: Principal,
         request: inference_service_pb2.GenerateRequest,
         *,
         deadline: float,
         forward: Metadata = (),
-    ) -> Completion:
+    ) -> Coroutine[Any, Any, Completion]:
         """Answers a conversation. Failure with any reason that the contract of Generate allows."""
         if not request.request_id:
-            return await self._generate(principal, request, deadline, forward)
+            return self._generate(principal, request, deadline, forward)
+        return self._joined(principal, request, deadline, forward)
+
+    async def _joined(
+        self, principal: Principal, request: inference_service_pb2.GenerateRequest, deadline: float, forward: Metadata
+    ) -> Completion:
         self._check_id(principal, request.request_id)
         result = await self._sharing.run(
             principal.tenant_id,

@@ -29,7 +29,7 @@ _CODE_WORDS: Final = _written(
     "code", "python", "javascript", "typescript", "golang", "rust", "java", "sql", "regex", "compile", "compiler", "refactor", "script",
     "bug", "function", "unittest", "api", "algorithm",
 )  # fmt: skip
-_FILE_NAMES: Final = re.compile(r"\w\.(?:py|js|ts|tsx|go|rs|java|c|cc|cpp|h|rb|php|sql|sh|ya?ml|toml|json|html|css)\b")
+_ENDING: Final = re.compile(r"(?:py|js|ts|tsx|go|rs|java|c|cc|cpp|h|rb|php|sql|sh|ya?ml|toml|json|html|css)\b")
 _TRACES: Final = ("traceback (most recent call last)", "exception in thread", "segmentation fault", "\n    at ")
 _THOUGHT: Final = _written(
     "prove", "proof", "derive", "theorem", "solve", "puzzle", "calculate", "compare", "deduce", "reasoning", "lemma", "infer",
@@ -57,7 +57,7 @@ def signals(text: str) -> tuple[int, int]:
         code = 1
     if not words.isdisjoint(_CODE_WORDS) or len(words & _KEYWORDS) >= 3:
         code += 1
-    if "." in text and _FILE_NAMES.search(text) is not None:
+    if "." in text and _has_file_name(text):
         code += 1
     thought = 0
     if not words.isdisjoint(_THOUGHT) or _has_one(text, _THOUGHT_PHRASES):
@@ -67,6 +67,18 @@ def signals(text: str) -> tuple[int, int]:
     if lines and _CONDITIONS.search(text) is not None:
         thought += 1
     return code, thought
+
+
+def _has_file_name(text: str) -> bool:
+    """Whether a word's end after a dot is that of a source file. Dots are few; a pattern would try every character."""
+    at = text.find(".", 1)
+    while at > 0:
+        if text[at - 1].isalnum():
+            match = _ENDING.match(text, at + 1)
+            if match is not None:
+                return True
+        at = text.find(".", at + 1)
+    return False
 
 
 def _has_one(text: str, signs: tuple[str, ...]) -> bool:

@@ -375,7 +375,8 @@ def border_chain(
 
 
 def inner_chain(*, log: Log, registry: Registry, slow_seconds: float, trace: Stage | None = None) -> tuple[Chain]:
-    """Interceptors of calls between services of one process. The caller is known and the request is a message already."""
+    """Interceptors of calls between services of one process. The caller is known, the request is a message already, and the channel
+    has just looked at the deadline."""
     stages: list[Stage] = [trace] if trace is not None else []
-    stages += [Logging(log, slow_seconds=slow_seconds), Metrics(registry), Deadline()]
+    stages += [Logging(log, slow_seconds=slow_seconds), Metrics(registry)]
     return (Chain(stages, ErrorMapping(log)),)

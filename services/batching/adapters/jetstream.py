@@ -17,13 +17,16 @@ import asyncio
 import base64
 import contextlib
 import datetime
+import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
 from nats.aio.client import Client as NatsClient
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
+from nats.errors import MaxPayloadError, NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
 from nats.js import JetStreamContext, api
 from nats.js.errors import (
@@ -37,7 +40,7 @@ from nats.js.errors import (
 )
 from nats.js.kv import KeyValue
 
-from services.batching.errors import Conflict, QueueFull, QueueUnavailable
+from services.batching.errors import BatchingError, Conflict, QueueFull, QueueUnavailable, TooLarge
 from services.batching.job import Job
 from services.batching.ports import Delivery, QueueName, Row, Ticket
 from services.batching.proto import (
@@ -47,7 +50,7 @@ from services.batching.proto import (
     ticket_to_proto,
     timestamp,
 )
-from services.runtime.errors import Failure
+from services.runtime.errors import Failure, Reason
 from services.runtime.status import status_from_failure
 from sluice.jobs.v1 import job_service_pb2 as pb2
 
@@ -62,8 +65,14 @@ WAKE: Final = "sluice.jobs-wake"
 
 _TIMEOUT: Final = 5.0
 _FETCH_SECONDS: Final = 0.2
+_WATCH_CHECK: Final = 2.0
+"""Seconds of silence after which a watcher is checked."""
+_ROW_MARGIN: Final = 16 * 1024
+"""Bytes that a row may have more than its ticket: states, times and a failure."""
 _FULL: Final = 10077
 """err_code of `maximum messages per subject exceeded`."""
+_FULL_SECONDS: Final = 5.0
+"""Seconds until a due ticket whose queue was full is moved again."""
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 Connect = Callable[[], Awaitable[NatsClient]]
@@ -77,11 +86,16 @@ def token(text: str) -> str:
 
 
 def text_of(encoded: str) -> str:
-    """The text behind a token."""
+    """The text behind a token. Raises ValueError for what `token` never gives."""
     if not encoded.startswith("="):
+        if not _PLAIN.fullmatch(encoded):
+            raise ValueError(f"{encoded!r} is no token")
         return encoded
     data = encoded[1:]
-    return base64.urlsafe_b64decode(data + "=" * (-len(data) % 4)).decode()
+    text = base64.urlsafe_b64decode(data + "=" * (-len(data) % 4)).decode()
+    if token(text) != encoded:
+        raise ValueError(f"{encoded!r} is no token")
+    return text
 
 
 @contextlib.contextmanager
@@ -97,6 +111,8 @@ def _translated() -> Iterator[None]:
         raise
     except NatsError as error:
         raise QueueUnavailable from error
+    except BatchingError:
+        raise
     except Failure as failure:
         # The process's own connection says that it isn't connected.
         raise QueueUnavailable from failure
@@ -112,6 +128,7 @@ class JetStream:
         self._replicas = replicas
         self._ready: tuple[JetStreamContext, KeyValue] | None = None
         self._lock = asyncio.Lock()
+        self._max_payload = 0
 
     async def context(self) -> tuple[JetStreamContext, KeyValue]:
         """JetStream and the table. Raises QueueUnavailable."""
@@ -119,11 +136,17 @@ class JetStream:
             client = await self._connect()
             if not client.is_connected:
                 raise QueueUnavailable
+            self._max_payload = client.max_payload
             if self._ready is None:
                 async with self._lock:
                     if self._ready is None:
                         self._ready = await self._prepare(client)
             return self._ready
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes of the largest message that the server takes; 0 before the first connection."""
+        return self._max_payload
 
     def forget(self) -> None:
         """Streams are looked for again at the next use."""
@@ -208,11 +231,14 @@ class JetStreamTable:
 
     async def _write(self, job: Job, revision: int) -> int:
         bucket = await self._bucket()
+        record = record_to_proto(job).SerializeToString()
         with _translated():
             try:
-                return await bucket.update(_key(job.tenant_id, job.id), record_to_proto(job).SerializeToString(), last=revision)
+                return await bucket.update(_key(job.tenant_id, job.id), record, last=revision)
             except KeyWrongLastSequenceError as error:
                 raise Conflict from error
+            except MaxPayloadError as error:
+                raise TooLarge(len(record), self._streams.max_payload) from error
 
     async def list(self, tenant_id: str) -> AsyncIterator[Job]:
         """See JobTable."""
@@ -222,34 +248,39 @@ class JetStreamTable:
         try:
             while True:
                 with _translated():
-                    entry = await _next(watcher)
+                    entry = await _next(watcher, _TIMEOUT)
                 if entry is None:
                     return
                 yield _job_of(entry.value)
         finally:
             await _stop(watcher)
 
-    async def watch(self, tenant_id: str, job_id: str) -> AsyncIterator[Job]:
+    async def watch(self, tenant_id: str, job_id: str) -> AsyncGenerator[Job, None]:
         """See JobTable."""
-        bucket = await self._bucket()
-        with _translated():
-            watcher = await bucket.watch(_key(tenant_id, job_id), ignore_deletes=True)
-        try:
-            while True:
-                try:
-                    entry = await _next(watcher)
-                except (NatsTimeoutError, TimeoutError):
-                    # Nothing changed; make sure that the server is still there to say so.
-                    await self._bucket()
-                    continue
-                if entry is not None:
-                    yield _job_of(entry.value)
-        finally:
-            await _stop(watcher)
+        seen = 0
+        while True:
+            bucket = await self._bucket()
+            with _translated():
+                watcher = await bucket.watch(_key(tenant_id, job_id), ignore_deletes=True)
+            try:
+                while True:
+                    try:
+                        entry = await _next(watcher, _WATCH_CHECK)
+                    except (NatsTimeoutError, TimeoutError):
+                        # The consumer behind a watcher lives in the server's memory: after a restart it says nothing for ever.
+                        row = await self.get(tenant_id, job_id)
+                        if row is not None and row.revision != seen:
+                            break
+                        continue
+                    if entry is not None and entry.revision != seen:
+                        seen = entry.revision
+                        yield _job_of(entry.value)
+            finally:
+                await _stop(watcher)
 
 
-async def _next(watcher: Any) -> Any:
-    return await watcher.updates(timeout=_TIMEOUT)
+async def _next(watcher: Any, seconds: float) -> Any:
+    return await watcher.updates(timeout=seconds)
 
 
 async def _stop(watcher: Any) -> None:
@@ -278,9 +309,18 @@ class JetStreamQueues:
 
     async def put(self, ticket: Ticket) -> None:
         """See Queues."""
-        await self._publish(ticket_to_proto(ticket))
+        message = ticket_to_proto(ticket)
+        await self._fits(message)
+        await self._publish(message)
         with contextlib.suppress(NatsError, Failure):
             await (await self._connect()).publish(WAKE, b"")
+
+    async def _fits(self, message: pb2.JobMessage) -> None:
+        """Raises TooLarge for a ticket whose row of the table, with a failure in it, would be refused later."""
+        with _translated():
+            limit = (await self._connect()).max_payload - _ROW_MARGIN
+        if message.ByteSize() > limit:
+            raise TooLarge(message.ByteSize(), limit)
 
     async def _publish(self, message: pb2.JobMessage) -> None:
         jetstream, _ = await self._streams.context()
@@ -290,7 +330,8 @@ class JetStreamQueues:
                 subject,
                 message.SerializeToString(),
                 timeout=_TIMEOUT,
-                headers={"Nats-Msg-Id": f"{message.job_id}/{message.attempt_number}/{message.generation}"},
+                # With the body: of two submits that race under one id the table takes either, so both tickets must be there.
+                headers={"Nats-Msg-Id": f"{message.job_id}/{message.attempt_number}/{message.generation}/{_body(message)}"},
             )
         except ServiceUnavailableError as error:
             if error.err_code == _FULL:
@@ -305,11 +346,12 @@ class JetStreamQueues:
         """See Queues. The server schedules by whole seconds; a ticket is never early."""
         jetstream, _ = await self._streams.context()
         message = ticket_to_proto(ticket)
+        await self._fits(message)
         tenant, job_class = token(message.tenant_id), token(message.submit.job_class)
         due = datetime.datetime.fromtimestamp(int(at) + 1, datetime.UTC)
         with _translated():
             await jetstream.publish(
-                f"sluice.later.at.{tenant}.{job_class}.{token(message.job_id)}",
+                f"sluice.later.at.{tenant}.{job_class}.{token(f'{message.job_id}-{_body(message)}')}",
                 message.SerializeToString(),
                 timeout=_TIMEOUT,
                 headers={
@@ -323,7 +365,7 @@ class JetStreamQueues:
         while True:
             try:
                 await self._move_some()
-            except (QueueUnavailable, QueueFull, NatsError, OSError):
+            except (QueueUnavailable, NatsError, OSError):
                 self._streams.forget()
                 await asyncio.sleep(1.0)
 
@@ -344,13 +386,45 @@ class JetStreamQueues:
                     await self._streams.context()
                     continue
                 for message in messages:
-                    await self._publish(pb2.JobMessage.FromString(message.data))
-                    await message.ack_sync(timeout=_TIMEOUT)
+                    await self._move(message)
                 with contextlib.suppress(NatsError, Failure):
                     await (await self._connect()).publish(WAKE, b"")
         finally:
             with contextlib.suppress(NatsError, OSError):
                 await subscription.unsubscribe()
+
+    async def _move(self, message: Any) -> None:
+        ticket = _ticket_of(message)
+        if ticket is None:
+            await self._refuse(message)
+            return
+        try:
+            await self._publish(ticket_to_proto(ticket))
+        except QueueFull:
+            # Only this one waits: tickets of other tenants are behind it.
+            await message.nak(delay=_FULL_SECONDS)
+        else:
+            await message.ack_sync(timeout=_TIMEOUT)
+
+    async def _refuse(self, message: Any) -> None:
+        """Puts what is no ticket among the dead letters and removes it: it would come again for ever."""
+        jetstream, _ = await self._streams.context()
+        digest = hashlib.sha256(message.data).hexdigest()
+        failure = Failure(
+            Reason.INTERNAL,
+            f"a message of {len(message.data)} bytes on {message.subject!r} is no job",
+            metadata={"sha256": digest, "subject": message.subject},
+        )
+        *_, tenant, job_class = message.subject.split(".")
+        letter = pb2.DeadLetter(error=status_from_failure(failure), dead_time=timestamp(time.time()))
+        with _translated():
+            await jetstream.publish(
+                f"sluice.dead.{tenant}.{job_class}",
+                letter.SerializeToString(),
+                timeout=_TIMEOUT,
+                headers={"Nats-Msg-Id": f"{message.metadata.stream}/{message.metadata.sequence.stream}/{digest}"},
+            )
+            await message.ack_sync(timeout=_TIMEOUT)
 
     async def bury(self, ticket: Ticket, failure: Failure, now: float) -> None:
         """See Queues."""
@@ -367,7 +441,7 @@ class JetStreamQueues:
                 f"sluice.dead.{token(job.tenant_id)}.{token(job.job_class)}",
                 letter.SerializeToString(),
                 timeout=_TIMEOUT,
-                headers={"Nats-Msg-Id": f"{job.id}/{job.create_time}/{ticket.attempt}"},
+                headers={"Nats-Msg-Id": f"{job.id}/{job.create_time}/{job.generation}/{ticket.attempt}"},
             )
 
     async def waiting(self) -> dict[QueueName, int]:
@@ -382,7 +456,9 @@ class JetStreamQueues:
         found = {}
         for subject, count in (info.state.subjects or {}).items():
             _, _, tenant, job_class = subject.split(".")
-            found[QueueName(text_of(tenant), text_of(job_class))] = count
+            with contextlib.suppress(ValueError):
+                # Subjects that are none of ours can't be served.
+                found[QueueName(text_of(tenant), text_of(job_class))] = count
         return found
 
     async def take(self, queue: QueueName, most: int) -> list[Delivery]:
@@ -400,7 +476,14 @@ class JetStreamQueues:
             # The consumer was removed while idle.
             self._subscriptions.pop(queue, None)
             return []
-        return [_delivery(message) for message in messages]
+        deliveries = []
+        for message in messages:
+            ticket = _ticket_of(message)
+            if ticket is None:
+                await self._refuse(message)
+            else:
+                deliveries.append(_delivery(message, ticket))
+        return deliveries
 
     async def _subscribe(self, queue: QueueName) -> JetStreamContext.PullSubscription:
         jetstream, _ = await self._streams.context()
@@ -408,7 +491,8 @@ class JetStreamQueues:
         with _translated():
             subscription = await jetstream.pull_subscribe(
                 f"sluice.jobs.{tenant}.{job_class}",
-                durable=f"{tenant}_{job_class}",
+                # No plain token has a `=`, so that `a_b`, `c` and `a`, `b_c` are two.
+                durable=f"{tenant}={job_class}",
                 stream=JOBS,
                 config=api.ConsumerConfig(
                     ack_policy=api.AckPolicy.EXPLICIT,
@@ -431,7 +515,24 @@ class JetStreamQueues:
             await (await self._connect()).publish(CANCELLED, job_id.encode())
 
 
-def _delivery(message: Any) -> Delivery:
+def _body(message: pb2.JobMessage) -> str:
+    return message.submit_sha256.hex()[:16]
+
+
+def _ticket_of(message: Any) -> Ticket | None:
+    """The ticket in a message; None for what no submit of ours wrote to this subject."""
+    *_, tenant, job_class = message.subject.split(".")
+    try:
+        ticket = ticket_from_proto(pb2.JobMessage.FromString(message.data))
+    except (DecodeError, ValueError):
+        return None
+    job = ticket.job
+    if not job.id or ticket.attempt < 1 or (token(job.tenant_id), token(job.job_class)) != (tenant, job_class):
+        return None
+    return ticket
+
+
+def _delivery(message: Any, ticket: Ticket) -> Delivery:
     async def extend() -> None:
         with _translated():
             await message.in_progress()
@@ -440,4 +541,4 @@ def _delivery(message: Any) -> Delivery:
         with _translated():
             await message.ack_sync(timeout=_TIMEOUT)
 
-    return Delivery(ticket_from_proto(pb2.JobMessage.FromString(message.data)), extend, done)
+    return Delivery(ticket, extend, done)

@@ -18,6 +18,8 @@ import xllamacpp
 
 from services.execution.adapters.local import PACKAGED
 
+_PROMPT_CACHE_MIB = 128
+
 
 def locate(model: str) -> Path:
     """The GGUF file of a model: a path, or one that an installed package carries. Raises FileNotFoundError with what to do."""
@@ -50,6 +52,8 @@ def main() -> int:
     params.n_ctx = arguments.context * arguments.parallel
     params.n_parallel = arguments.parallel
     params.cpuparams.n_threads = max(1, min(4, os.cpu_count() or 1))
+    # llama.cpp would keep prompts of up to 8 GiB beside the slots.
+    params.cache_ram_mib = _PROMPT_CACHE_MIB
     params.hostnames = ["127.0.0.1"]
     params.port = 0
     key = os.environ.pop("SLUICE_LOCAL_SERVER_KEY", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import re
 from collections.abc import Mapping
 from http import HTTPStatus
 from types import MappingProxyType
@@ -98,6 +99,7 @@ _ANTHROPIC_TYPES: Final[Mapping[int, str]] = MappingProxyType(
     }
 )
 
+_MAX_RETRY_SECONDS: Final = 86_400.0
 _OVERLOADS: Final = frozenset({Reason.OVERLOADED, Reason.PROVIDER_OVERLOADED})
 
 _HOPELESS: Final = frozenset(
@@ -113,7 +115,6 @@ _OPENAI_NAMES: Final[Mapping[str, str]] = MappingProxyType(
         "end_user": "user",
         "inputs": "input",
         "dimension_count": "dimensions",
-        "request_id": "Idempotency-Key",
     }
 )
 
@@ -124,11 +125,49 @@ _ANTHROPIC_NAMES: Final[Mapping[str, str]] = MappingProxyType(
         "response_format": "output_config.format",
         "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
         "end_user": "metadata.user_id",
+    }
+)
+
+_HEADER_NAMES: Final[Mapping[str, str]] = MappingProxyType(
+    {
         "request_id": "Idempotency-Key",
+        "task_type": "x-sluice-task-type",
+        "cache.mode": "x-sluice-cache",
+        "cache.cache_namespace": "x-sluice-cache-namespace",
+        "cache.min_similarity": "x-sluice-cache-min-similarity",
+        "cache.ttl": "x-sluice-cache-ttl",
+        "max_cost_nano_usd": "x-sluice-max-cost-nano-usd",
+        "max_latency": "x-sluice-max-latency",
+        "region": "x-sluice-region",
+        "affinity_key": "x-sluice-affinity-key",
+        "allow_fallback": "x-sluice-allow-fallback",
+        "receipt_view": "x-sluice-receipt",
     }
 )
 
 _PREFIXES: Final = ("request.", "conversation.", "sampling.", "routing.")
+
+# Inner fields whose place differs. The index of a part says nothing to a caller who sent no parts, so it is left out.
+_OPENAI_PATHS: Final = (
+    (re.compile(r"(messages\[\d+\])\.parts\[\d+\]\.tool_call(?:\..*)?"), r"\1.tool_calls"),
+    (re.compile(r"(messages\[\d+\])\.parts\[\d+\]\.tool_result\.tool_call_id"), r"\1.tool_call_id"),
+    (re.compile(r"(messages\[\d+\])\.parts.*"), r"\1.content"),
+    (re.compile(r"(tools\[\d+\])\.parameters_json_schema"), r"\1.function.parameters"),
+    (re.compile(r"(tools\[\d+\])\.(\w+)"), r"\1.function.\2"),
+    (re.compile(r"tool_choice\.mode"), "tool_choice"),
+    (re.compile(r"tool_choice\.name"), "tool_choice.function.name"),
+    (re.compile(r"response_format\.kind"), "response_format.type"),
+    (re.compile(r"response_format\.json_schema"), "response_format.json_schema.schema"),
+    (re.compile(r"response_format\.(name|strict|description)"), r"response_format.json_schema.\1"),
+)
+
+_ANTHROPIC_PATHS: Final = (
+    (re.compile(r"(messages\[\d+\])\.parts.*"), r"\1.content"),
+    (re.compile(r"(tools\[\d+\])\.parameters_json_schema"), r"\1.input_schema"),
+    (re.compile(r"tool_choice\.mode"), "tool_choice.type"),
+    (re.compile(r"response_format\.json_schema"), "output_config.format.schema"),
+    (re.compile(r"response_format\.\w+"), "output_config.format"),
+)
 
 
 def status_of(failure: Failure) -> int:
@@ -143,10 +182,20 @@ def param_of(failure: Failure, dialect: Dialect) -> str | None:
     field = failure.metadata.get("field")
     if field is None:
         return "model" if failure.reason is Reason.MODEL_NOT_FOUND else None
+    if isinstance(failure, EdgeError):
+        # The edge names what it read, as it was spelled.
+        return field
     for prefix in _PREFIXES:
         field = field.removeprefix(prefix)
-    names = _OPENAI_NAMES if dialect is Dialect.OPENAI else _ANTHROPIC_NAMES
-    return names.get(field, field)
+    is_openai = dialect is Dialect.OPENAI
+    for pattern, spelling in _OPENAI_PATHS if is_openai else _ANTHROPIC_PATHS:
+        if (match := pattern.fullmatch(field)) is not None:
+            return match.expand(spelling)
+    if field in _HEADER_NAMES:
+        return _HEADER_NAMES[field]
+    # `stop_sequences[2]`: the list's name is its own, the index is the caller's.
+    name, bracket, index = field.partition("[")
+    return (_OPENAI_NAMES if is_openai else _ANTHROPIC_NAMES).get(name, name) + bracket + index
 
 
 def error_object(failure: Failure, dialect: Dialect, request_id: str) -> dict[str, Any]:
@@ -188,7 +237,7 @@ def error_head(failure: Failure, request_id: str) -> bytes:
         b"content-type: application/json\r\nx-request-id: %b\r\nrequest-id: %b\r\n" % ((request_id.encode(),) * 2),
     ]
     if failure.retry_delay is not None:
-        delay = max(0.0, failure.retry_delay)
+        delay = min(max(0.0, failure.retry_delay), _MAX_RETRY_SECONDS)
         lines.append(b"retry-after: %d\r\nretry-after-ms: %d\r\n" % (math.ceil(delay), math.ceil(delay * 1000)))
     if failure.reason in _HOPELESS:
         lines.append(b"x-should-retry: false\r\n")

@@ -689,6 +689,11 @@ class Listener:
         """Open connections."""
         return len(self._connections)
 
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes of bodies that are held, those still coming in included."""
+        return self._buffered
+
     def admit(self, connection: Connection) -> bool:
         """Counts a new connection; False: there are too many."""
         if len(self._connections) >= self.config.max_connections:

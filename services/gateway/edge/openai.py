@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import array
 import base64
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -129,7 +130,11 @@ def embed_from_json(body: bytes | bytearray) -> EmbedCall:
 
 
 def _model(call: ChatCall, value: object) -> None:
-    call.request.routing.model = payload.text(value, "model")
+    name = payload.text(value, "model")
+    if not name:
+        # In the contract it means the default policy; here it is a variable that somebody forgot to set.
+        raise RequestInvalid("model", "is empty; `auto` lets the default policy choose")
+    call.request.routing.model = name
 
 
 def _messages(call: ChatCall, value: object) -> None:
@@ -181,7 +186,8 @@ def _read_assistant(message: conversation_pb2.Message, item: dict[str, Any], ind
     payload.only(item, known, path)
     # An SDK's own answer, sent back whole, has these as null or empty.
     payload.null_only(item, ("audio", "function_call"), path)
-    if item.get("annotations"):
+    annotations = item.get("annotations")
+    if annotations is not None and payload.array(annotations, f"{path}.annotations"):
         raise FieldUnsupported(f"{path}.annotations")
     _read_name(message, item, path)
     if (reasoning := item.get("reasoning_content")) is not None:
@@ -369,6 +375,8 @@ def _logit_bias(call: ChatCall, value: object) -> None:
     for token, bias in payload.mapping(value, "logit_bias").items():
         if not token.isascii() or not token.isdigit() or len(token) > 10 or int(token) > payload.INT32_MAX:
             raise RequestInvalid("logit_bias", f"keys must be token ids, {payload.shown(token)} is none")
+        if int(token) in biases:
+            raise RequestInvalid("logit_bias", f"has the token {int(token)} twice")
         biases[int(token)] = payload.number(bias, f"logit_bias.{token}", -100, 100)
 
 
@@ -453,7 +461,8 @@ def _stream_options(call: ChatCall, value: object) -> None:
     payload.only(options, ("include_usage", "include_obfuscation"), "stream_options")
     if (include := options.get("include_usage")) is not None:
         call.include_usage = payload.boolean(include, "stream_options.include_usage")
-    if options.get("include_obfuscation"):
+    obfuscation = options.get("include_obfuscation")
+    if obfuscation is not None and payload.boolean(obfuscation, "stream_options.include_obfuscation"):
         raise FieldUnsupported("stream_options.include_obfuscation")
 
 
@@ -628,7 +637,10 @@ def embed_to_json(response: inference_service_pb2.EmbedResponse, *, is_base64: b
     for index, embedding in enumerate(response.embeddings):
         values: Any = embedding.values
         if is_base64:
-            values = base64.b64encode(array.array("f", values).tobytes()).decode("ascii")
+            packed = array.array("f", values)
+            if sys.byteorder == "big":
+                packed.byteswap()
+            values = base64.b64encode(packed.tobytes()).decode("ascii")
         else:
             values = list(values)
         rows.append({"object": "embedding", "index": index, "embedding": values})

@@ -156,12 +156,15 @@ def image_from_url(image: conversation_pb2.Image, url: str, path: str) -> None:
         media_type, _, encoding = head.partition(";")
         if not comma or encoding != "base64":
             raise RequestInvalid(path, "a data: address must look like data:image/png;base64,…")
-        image_from_base64(image, encoded, media_type, path)
+        image_from_base64(image, encoded, media_type.lower(), path)
         return
     if not url.startswith("https://"):
         raise RequestInvalid(path, "must be an https: or a data: address")
     if len(url.encode()) > MAX_URL_BYTES:
         raise RequestInvalid(path, f"may have at most {MAX_URL_BYTES} bytes")
+    if len(url) == 8 or " " in url or not url.isprintable():
+        # A line break in it could end a provider's log line or header.
+        raise RequestInvalid(path, "must be an https: address without spaces and control characters")
     image.url = url
 
 
@@ -179,6 +182,8 @@ def image_from_base64(image: conversation_pb2.Image, encoded: str, media_type: s
         raise RequestInvalid(path, "is not base64") from None
     if not data:
         raise RequestInvalid(path, "the picture is empty")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise RequestInvalid(path, f"a picture may have at most {MAX_IMAGE_BYTES} bytes")
     image.data = data
     image.media_type = media_type
 

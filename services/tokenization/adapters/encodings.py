@@ -21,8 +21,16 @@ def read(name: str) -> Callable[[str], int]:
         raise TokenizerMissing(name, f"there are {', '.join(bpe_openai.list_encoding_names())}")
     encoding = bpe_openai.get_encoding(name)
     encode = encoding.encode_ordinary
+    # The package's own counting of a text, which its public face only gives by way of a list of tokens, three times as dear.
+    native: Callable[[str], int] | None = getattr(getattr(encoding, "_backend", None), "count", None)
 
     def count(text: str) -> int:
+        if native is not None:
+            try:
+                return native(text)
+            except UnicodeEncodeError:
+                # A lone surrogate: the public face knows what to do with it.
+                pass
         return len(encode(text))
 
     count("warm")

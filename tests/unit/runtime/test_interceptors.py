@@ -47,7 +47,7 @@ def test_the_chain_is_named_and_ordered() -> None:
         "message",
     )
     (inner,) = inner_chain(log=Lines(), registry=Registry(), slow_seconds=1)
-    assert inner.names == ("logging", "metrics", "deadline", "errors")
+    assert inner.names == ("logging", "metrics", "errors")
 
 
 async def test_a_request_id_is_made_when_there_is_none_worth_keeping() -> None:
