@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = _run(scenario, Context(given.short, progress))
             results.append((scenario, result, time.monotonic() - began))
             console.print(line(scenario, result), markup=False, highlight=False, soft_wrap=True)
-            for detail in result.details[:_MOST_DETAILS]:
+            for detail in result.details[:_MOST_DETAILS] if given.verbose or not result.ok else ():
                 console.print(f"    {detail}", markup=False, highlight=False, soft_wrap=True, style="dim")
     console.print(table(results))
     return int(not all(result.ok for _, result, _ in results))
@@ -52,6 +52,7 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     parser = argparse.ArgumentParser(prog="python -m tests.proof", description=__doc__)
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="an issue, or a part of a name; repeatable")
     parser.add_argument("--short", action="store_true", help="smaller n, each scenario in less than a minute")
+    parser.add_argument("--verbose", action="store_true", help="details of scenarios that are ok, too")
     parser.add_argument("--list", action="store_true", help="list the scenarios and run none")
     return parser.parse_args(arguments)
 

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
@@ -39,6 +39,8 @@ _WATCH_SECONDS: Final = 30.0
 _PAUSE_SECONDS: Final = 0.02
 _HTTP_CALLERS: Final = 2
 _GRPC_CALLERS: Final = 2
+_UNSHARED: Final = (("grpc.use_local_subchannel_pool", 1),)
+"""Channels of one process share connections and their backoff; one that is to tell the truth at once must not."""
 _RECONNECT: Final = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
 
 
@@ -75,6 +77,10 @@ class Kill:
     flipped: bool
     """Whether its health went down and came back, in another process."""
     errors: Counter[str]
+    recovery_by_caller: Mapping[str, float]
+    """As `recovery_seconds`, for callers over HTTP and over gRPC: when only one of them waits, its connections are what to look at."""
+    health_seconds: float
+    """From the kill to the last moment at which its health, asked over a new connection, was not SERVING."""
 
 
 @dataclass(slots=True)
@@ -86,12 +92,14 @@ class Seen:
     late: int = 0
 
     def details(self) -> list[str]:
-        """One line per kill."""
+        """One line per kill, the slowest recovery first."""
         return [
-            f"{one.name}: last failure after {one.recovery_seconds:.1f} s, serving after {one.serving_seconds:.1f} s, "
+            f"{one.name}: last failure after {one.recovery_seconds:.1f} s ("
+            + ", ".join(f"{caller} {seconds:.1f}" for caller, seconds in one.recovery_by_caller.items())
+            + f"), serving after {one.serving_seconds:.1f} s, last not serving after {one.health_seconds:.1f} s, "
             f"health {'flipped' if one.flipped else 'did not flip'}, failed {sum(one.errors.values())}"
             + "".join(f"; {count} x {error}" for error, count in one.errors.most_common(2))
-            for one in self.kills
+            for one in sorted(self.kills, key=lambda one: one.recovery_seconds, reverse=True)
         ]
 
 
@@ -208,21 +216,38 @@ def _kill(started: Running, name: str, load: _Load) -> Kill:
     came_back = _reached(lambda: is_up() and started.ready.pids.get(name) not in (None, pid), _WATCH_SECONDS)
     serving = time.monotonic() - began
 
+    last_down = time.monotonic()
+
     def is_quiet() -> bool:
+        nonlocal last_down
+        # Asked all the while: callers that fail although it serves are another matter than a process that went again.
+        if not is_up():
+            last_down = time.monotonic()
         failed = load.failures_since(began)
         return time.monotonic() - max((one.ended for one in failed), default=began) >= _CLEAN_SECONDS
 
     # When it never gets quiet the last failure is late enough to say so.
     _reached(is_quiet, _WATCH_SECONDS)
     failed = load.failures_since(began)
-    recovery = max((one.ended for one in failed), default=began) - began
-    return Kill(name, recovery, serving, went_down and came_back, Counter(one.error for one in failed))
+
+    def last(caller: str) -> float:
+        return max((one.ended for one in failed if one.error.startswith(caller)), default=began) - began
+
+    return Kill(
+        name,
+        recovery_seconds=last(""),
+        serving_seconds=serving,
+        flipped=went_down and came_back,
+        errors=Counter(one.error for one in failed),
+        recovery_by_caller={caller: last(caller) for caller in ("HTTP", "gRPC")},
+        health_seconds=last_down - began,
+    )
 
 
 def _health_probe(address: str) -> Callable[[], bool]:
     def is_up() -> bool:
         # A channel of its own each time: one that has seen its server go waits before it tries again.
-        with grpc.insecure_channel(address) as channel:
+        with grpc.insecure_channel(address, options=_UNSHARED) as channel:
             try:
                 answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=1.0)
             except grpc.RpcError:

@@ -156,7 +156,7 @@ def kill_each_service(context: Context) -> Result:
     )
     bound = f"<= {kills.RECOVERY_SECONDS:g} s, 0, {len(seen.kills)}"
     ok = worst.recovery_seconds <= kills.RECOVERY_SECONDS and not seen.late and all(one.flipped for one in seen.kills)
-    return Result(len(seen.kills), measured, bound, ok, seen.details() if not ok else ())
+    return Result(len(seen.kills), measured, bound, ok, seen.details())
 
 
 def _benched(topology: str, name: str) -> Callable[[Context], Result]:

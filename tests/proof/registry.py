@@ -25,7 +25,7 @@ class Result:
     """What `measured` must keep to, in the same unit."""
     ok: bool
     details: Sequence[str] = field(default=())
-    """What went wrong, at most a few lines; empty where nothing did."""
+    """What stands behind the figure, the worst first; shown when it is short, or when asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -463,19 +463,16 @@ class JetStreamQueues:
 
     async def take(self, queue: QueueName, most: int) -> list[Delivery]:
         """See Queues."""
-        subscription = self._subscriptions.get(queue) or await self._subscribe(queue)
+        known = self._subscriptions.get(queue)
         try:
-            with _translated():
-                messages = await subscription.fetch(most, timeout=_FETCH_SECONDS)
-        except QueueUnavailable as unavailable:
-            if isinstance(unavailable.__cause__, NatsTimeoutError | FetchTimeoutError | TimeoutError):
-                return []
+            messages = await self._fetch(known or await self._subscribe(queue), most)
+        except (QueueUnavailable, APIError) as error:
             self._subscriptions.pop(queue, None)
-            raise
-        except APIError:
-            # The consumer was removed while idle.
-            self._subscriptions.pop(queue, None)
-            return []
+            removed = isinstance(error, APIError) or isinstance(error.__cause__, ServiceUnavailableError)
+            if known is None or not removed:
+                raise
+            # The consumer was removed while idle; a new one says so if it is more than that.
+            messages = await self._fetch(await self._subscribe(queue), most)
         deliveries = []
         for message in messages:
             ticket = _ticket_of(message)
@@ -484,6 +481,16 @@ class JetStreamQueues:
             else:
                 deliveries.append(_delivery(message, ticket))
         return deliveries
+
+    async def _fetch(self, subscription: JetStreamContext.PullSubscription, most: int) -> list[Any]:
+        with _translated():
+            try:
+                messages: list[Any] = await subscription.fetch(most, timeout=_FETCH_SECONDS)
+            except (NatsTimeoutError, FetchTimeoutError, TimeoutError):
+                # Nothing there, or nobody to say so.
+                await self._streams.context()
+                return []
+        return messages
 
     async def _subscribe(self, queue: QueueName) -> JetStreamContext.PullSubscription:
         jetstream, _ = await self._streams.context()

@@ -43,16 +43,23 @@ def generate_response(text: str = "hi") -> inference_service_pb2.GenerateRespons
     return inference_service_pb2.GenerateResponse(operation_id="op_1", answer=answer)
 
 
-def job(request_id: str = "r1", tenant: str = "acme", text: str = "hello", now: float = NOW, **changes: Any) -> Job:
+def job(
+    request_id: str = "r1",
+    tenant: str = "acme",
+    text: str = "hello",
+    job_class: str = "default",
+    now: float = NOW,
+    **changes: Any,
+) -> Job:
     """A queued job."""
     made = Job(
         id=job_id(tenant, request_id),
         tenant_id=tenant,
         project_id="default",
         key_id="key_1",
-        job_class="default",
+        job_class=job_class,
         request=generate_request(text),
-        submit_sha256=hashlib.sha256(text.encode()).digest(),
+        submit_sha256=hashlib.sha256(f"{job_class} {text}".encode()).digest(),
         create_time=now,
         not_before_time=0.0,
         deadline_time=now + 86_400,

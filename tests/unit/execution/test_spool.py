@@ -48,6 +48,9 @@ async def main():
         for part in range(3):
             spool.start(settlement(f"done/{number}/{part}"))
             spool.settle(settlement(f"done/{number}/{part}", outcome=1, cost=7))
+        # The same by groups: those of one turn of the loop share a write.
+        await asyncio.gather(*(spool.begin(settlement(f"done/{number}/{part}")) for part in range(3, 6)))
+        await asyncio.gather(*(spool.end(settlement(f"done/{number}/{part}", outcome=1, cost=7)) for part in range(3, 6)))
         sys.stdout.write(f"{number}\\n")
         sys.stdout.flush()
         await asyncio.sleep(0)
@@ -140,11 +143,11 @@ async def test_after_kill_9_every_attempt_is_settled_exactly_once(tmp_path: Path
         outcomes.setdefault(record.attempt_id, record.outcome)
     # What the child said is in the ledger, and how it ended: settled ones as they were, the others as lost.
     for number in range(1, said + 1):
-        for part in range(3):
+        for part in range(6):
             assert outcomes[f"done/{number}/{part}"] == receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED
         assert outcomes[f"open/{number}"] == receipt_pb2.ATTEMPT_OUTCOME_LOST
     # Beyond it there is at most the round that was under way.
-    assert len(outcomes) <= 4 * (said + 2)
+    assert len(outcomes) <= 7 * (said + 2)
     assert lost_count >= said
 
     # And nothing is left for a third process.
@@ -373,3 +376,60 @@ async def test_a_lost_attempt_is_the_platforms(tmp_path: Path) -> None:
     assert made.outcome == receipt_pb2.ATTEMPT_OUTCOME_LOST
     assert made.is_final
     assert isinstance(SpoolFull(), Failure)
+
+
+async def test_those_of_one_turn_share_a_write_and_are_on_disk_when_they_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = spool_at(tmp_path, Ledger())
+    spool.open(parse, lost)
+    writes: list[int] = []
+    write = os.write
+
+    def counted(descriptor: int, data: bytes) -> int:
+        writes.append(len(data))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", counted)
+    await asyncio.gather(*(spool.begin(settlement(str(number))) for number in range(10)))
+    await asyncio.gather(*(spool.end(settlement(str(number), 1, 7)) for number in range(10)))
+    assert len(writes) == 2
+    assert sum(path.stat().st_size for path in files(tmp_path)) == sum(writes)
+    assert spool.backlog == 10
+    spool.close()
+
+
+async def test_who_is_cancelled_takes_nobody_along(tmp_path: Path) -> None:
+    spool = spool_at(tmp_path, Ledger())
+    spool.open(parse, lost)
+    leaving, staying = (asyncio.ensure_future(spool.begin(settlement(name))) for name in ("leaving", "staying"))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await staying
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    spool.settle(settlement("leaving", 1))
+    await spool.end(settlement("staying", 1))
+    assert spool.backlog == 2
+    spool.close()
+
+
+async def test_a_full_spool_refuses_what_begins_and_keeps_what_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger()
+    spool = spool_at(tmp_path, ledger)
+    spool.open(parse, lost)
+    await spool.begin(settlement("running"))
+
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    refused, ended = await asyncio.gather(
+        spool.begin(settlement("refused")), spool.end(settlement("running", 1, 7)), return_exceptions=True
+    )
+    assert isinstance(refused, SpoolFull)
+    assert ended is None
+    monkeypatch.undo()
+    await drained(spool)
+    assert ledger.ids() == {"running": 1}
+    spool.close()

@@ -869,7 +869,7 @@ async def test_a_large_body_that_comes_steadily_may_take_longer() -> None:
         client = await site.client()
         answer = asyncio.create_task(client.answer())
         await client.send(b"POST /l HTTP/1.1\r\n" + HOST + b"content-length: 20482\r\n\r\n" + b"a" * 20_480)
-        await asyncio.wait({answer}, timeout=0.5)
+        await asyncio.wait({answer}, timeout=0.3)
         assert not answer.done()
         await client.send(b"bc")
         assert (await answer).status == 200
@@ -878,13 +878,13 @@ async def test_a_large_body_that_comes_steadily_may_take_longer() -> None:
 @on_both_loops
 async def test_time_behind_a_slow_request_is_not_the_client_s() -> None:
     gate = Gate()
-    async with listening(gate, header_timeout=0.3, body_timeout=0.3) as site:
+    async with listening(gate, header_timeout=0.2, body_timeout=0.2) as site:
         client = await site.client()
         await client.send(GET % b"slow")
         await gate.entered.wait()
         await client.send(b"POST /2 HTTP/1.1\r\n" + HOST + b"content-length: 2\r\n\r\n")
         answer = asyncio.create_task(client.answer())
-        await asyncio.wait({answer}, timeout=0.6)
+        await asyncio.wait({answer}, timeout=0.4)
         assert not answer.done()
         gate.opened.set()
         assert (await answer).status == 200
@@ -1039,7 +1039,7 @@ async def test_a_client_that_reads_steadily_gets_a_long_answer() -> None:
     async def handler(exchange: Exchange) -> None:
         exchange.respond(OK, bytes(size))
 
-    async with listening(handler, write_timeout=1.0, write_buffer_bytes=65_536) as site:
+    async with listening(handler, write_timeout=0.7, write_buffer_bytes=65_536) as site:
         client = await site.client(receive_buffer=65_536)
         await client.send(GET % b"1")
         loop = asyncio.get_running_loop()
@@ -1048,7 +1048,7 @@ async def test_a_client_that_reads_steadily_gets_a_long_answer() -> None:
         assert head.startswith(OK)
         left = size
         # About half of it in twice the time that a client that stops reading would have.
-        while loop.time() < begin + 2.0 and left > size // 2:
+        while loop.time() < begin + 1.4 and left > size // 2:
             left -= len(await client.reader.readexactly(200_000))
             await asyncio.sleep(0.02)
         await client.reader.readexactly(left)
