@@ -31,6 +31,7 @@ from services.runtime.config import ConfigError
 from services.runtime.dispatch import Binding
 from services.runtime.errors import Failure
 from services.runtime.process import Process, Service
+from services.runtime.watching import Watch
 from sluice.execution.v1 import execution_service_pb2
 from sluice.metering.v1 import metering_service_pb2
 from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceStub
@@ -68,14 +69,6 @@ def _read(path: Path) -> tuple[dict[str, Entry], dict[str, list[str]]]:
         if isinstance(entry, Mapping):
             models.setdefault(str(entry.get("provider")), []).append(str(model))
     return entries, models
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
 
 
 class _Providers:
@@ -185,6 +178,7 @@ class _Credential:
 async def open_service(config: Config, process: Process) -> AsyncIterator[Service]:
     """Opens the providers and the spool, and replays what an earlier process left in it."""
     path = process.settings.catalogue
+    file = Watch(path)
     directory = process.state_dir(NAME)
     loop = asyncio.get_running_loop()
     figures = Figures(
@@ -252,13 +246,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         await routing.ReportExecution(request, timeout=_REPORT_SECONDS)
 
     async def watch() -> None:
-        seen = await asyncio.to_thread(_stamp, path)
-        while True:
-            await asyncio.sleep(config.reload_interval)
-            stamp = await asyncio.to_thread(_stamp, path)
-            if stamp is None or stamp == seen:
-                continue
-            seen = stamp
+        async for _ in file.changes(config.reload_interval):
             try:
                 await providers.use(*await asyncio.to_thread(_read, path))
             except ConfigError as error:

@@ -27,6 +27,7 @@ from services.runtime.config import ConfigError
 from services.runtime.dispatch import Binding
 from services.runtime.errors import Failure
 from services.runtime.process import Process, Service
+from services.runtime.watching import Watch
 from sluice.metering.v1 import metering_service_pb2, tenancy_service_pb2, usage_service_pb2
 
 NAME: Final = "metering"
@@ -44,20 +45,11 @@ def _read_book(path: Path) -> PriceBook:
     return pricebook.build(content, genai.seed)
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size
-
-
 @contextlib.asynccontextmanager
 async def open_service(config: Config, process: Process) -> AsyncIterator[Service]:
     """Opens the ledger, the price book and the tenant `default`."""
     path = process.settings.catalogue
-    # Looked at before it is read: a change that comes in between is then seen as one.
-    read = await asyncio.to_thread(_stamp, path)
+    file = Watch(path)
     prices = Prices(await asyncio.to_thread(_read_book, path))
     async with open_store(process.state_dir(NAME)) as store:
         leasing = Leasing(
@@ -96,13 +88,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
                     process.log.info("reservations_expired", count=freed)
 
         async def watch_prices() -> None:
-            seen = read
-            while True:
-                await asyncio.sleep(config.price_reload_interval)
-                stamp = await asyncio.to_thread(_stamp, path)
-                if stamp is None or stamp == seen:
-                    continue
-                seen = stamp
+            async for _ in file.changes(config.price_reload_interval):
                 try:
                     prices.book = await asyncio.to_thread(_read_book, path)
                 except ConfigError as error:

@@ -31,8 +31,11 @@ _REQUIRED: Final = ("input", "output")
 class Seed(Protocol):
     """Where prices come from that the catalogue doesn't state."""
 
-    def __call__(self, kind: str, upstream_model: str) -> list[Price]:
-        """Dated prices of a provider's model, oldest first, without version and model id; empty: unknown."""
+    def __call__(self, kind: str, upstream_model: str, context_window: int) -> list[Price]:
+        """Dated prices of a provider's model, oldest first, without version and model id; empty: unknown.
+
+        Prices may depend on the prompt's length: they hold for prompts that fit `context_window` tokens; 0: any.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,8 @@ class Model:
     upstream_model: str
     price: object
     """Its `price` as written; None: not written."""
+    context_window: int = 0
+    """Tokens; 0: not written."""
 
 
 class PriceBook:
@@ -103,7 +108,11 @@ def build(catalogue: Mapping[str, Any], seed: Seed) -> PriceBook:
         raise ConfigError(["prices: must be a mapping of catalogue ids"])
     for model in models_of(catalogue):
         written = overrides.get(model.id, model.price)
-        rows = seed(model.kind, model.upstream_model) if written is None else _written(model.id, written, problems)
+        rows = (
+            seed(model.kind, model.upstream_model, model.context_window)
+            if written is None
+            else _written(model.id, written, problems)
+        )
         if rows:
             prices[model.id] = versioned(model.id, rows)
     if problems:
@@ -120,7 +129,9 @@ def models_of(catalogue: Mapping[str, Any]) -> Iterator[Model]:
             continue
         provider = providers.get(str(entry.get("provider"))) if isinstance(providers, Mapping) else None
         kind = str(provider.get("kind", "")) if isinstance(provider, Mapping) else ""
-        yield Model(str(name), kind, str(entry.get("upstream_model") or str(name).rpartition("/")[2]), entry.get("price"))
+        window = entry.get("context_window")
+        upstream = str(entry.get("upstream_model") or str(name).rpartition("/")[2])
+        yield Model(str(name), kind, upstream, entry.get("price"), window if isinstance(window, int) else 0)
 
 
 def _written(model: str, value: object, problems: list[str]) -> list[Price]:

@@ -22,7 +22,7 @@ from services.runtime.config import ConfigError
 from services.runtime.dispatch import Binding
 from services.runtime.errors import Failure, unavailable
 from services.runtime.process import Process, Service
-from services.runtime.watching import changes
+from services.runtime.watching import Watch
 from sluice.metering.v1 import price_pb2, usage_service_pb2
 from sluice.metering.v1.usage_service_pb2_grpc import UsageServiceStub
 from sluice.routing.v1 import routing_service_pb2
@@ -64,6 +64,7 @@ async def read_prices(usage: UsageServiceAsyncStub) -> list[price_pb2.Price]:
 async def open_service(config: Config, process: Process) -> AsyncIterator[Service]:
     """Opens the service. It is ready when it has read the prices once; they are read again all the time."""
     path = process.settings.catalogue
+    file = Watch(path)
     prices: Prices[price_pb2.Price] = Prices()
     statistics = Statistics(
         asyncio.get_running_loop().time,
@@ -96,7 +97,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
                 await asyncio.sleep(config.reload_interval)
 
     async def watch() -> None:
-        async for _ in changes(path, config.reload_interval):
+        async for _ in file.changes(config.reload_interval):
             try:
                 planner.catalogue = await asyncio.to_thread(read_catalogue, path)
             except ConfigError as error:

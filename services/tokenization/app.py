@@ -15,7 +15,7 @@ from services.runtime.config import ConfigError
 from services.runtime.dispatch import Binding
 from services.runtime.errors import unavailable
 from services.runtime.process import Process, Service
-from services.runtime.watching import changes
+from services.runtime.watching import Watch
 from services.tokenization import catalogue
 from services.tokenization.adapters import encodings, gguf_file, huggingface
 from services.tokenization.catalogue import Rule, Rules
@@ -54,6 +54,7 @@ def _read_rules(path: Path) -> Rules:
 async def open_service(config: Config, process: Process) -> AsyncIterator[Service]:
     """Opens the service: the reference encoding at once, other tokenizers in the background."""
     path = process.settings.catalogue
+    file = Watch(path)
     rules = await asyncio.to_thread(_read_rules, path)
     reference = await asyncio.to_thread(encodings.read, _REFERENCE)
     estimator = Estimator(
@@ -70,7 +71,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
     async def watch() -> None:
         await tokenizers.load_all()
         loaded.set()
-        async for _ in changes(path, config.reload_interval):
+        async for _ in file.changes(config.reload_interval):
             try:
                 tokenizers.use(await asyncio.to_thread(_read_rules, path))
             except ConfigError as error:

@@ -558,7 +558,7 @@ async def use_the_queues(process: Process) -> None:
     assert [found.id async for found in table.list("acme")] == ["job-1"]
     watcher = table.watch("acme", "job-1")
     assert (await anext(watcher)).id == "job-1"
-    await watcher.aclose()  # type: ignore[attr-defined]  # an async generator
+    await watcher.aclose()
     queue = QueueName("acme", "default")
     await queues.put(Ticket(job, 1))
     assert await queues.waiting() == {queue: 1}

@@ -269,7 +269,7 @@ class Gathered:
         pieces = self._blocks[index][2]
         if kind == "signature_delta":
             self._blocks[index] = (self._blocks[index][0], {"signature": delta["signature"]}, pieces)
-            return []
+            return [answer_pb2.Delta(reasoning=conversation_pb2.Reasoning(signature=delta["signature"]))]
         text = delta.get("text") or delta.get("thinking") or delta.get("partial_json") or ""
         if not text:
             return []

@@ -1,7 +1,7 @@
 """Seed prices out of the package `genai-prices`, which carries its data.
 
-What a row of our book can't say is left out on the safe side: of prices that depend on the prompt's length the dearest tier is
-taken, and of prices that depend on the time of day the one without condition.
+What a row of our book can't say is left out on the safe side: of prices that depend on the prompt's length the dearest tier that the
+catalogue's context window lets a prompt reach is taken, and of prices that depend on the time of day the one without condition.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _providers() -> dict[str, Any]:
     return {provider.id: provider for provider in providers}
 
 
-def seed(kind: str, upstream_model: str) -> list[Price]:
+def seed(kind: str, upstream_model: str, context_window: int) -> list[Price]:
     """Dated prices of a provider's model; see pricebook.Seed."""
     provider = _providers().get(_PROVIDERS.get(kind, ""))
     if provider is None:
@@ -44,7 +44,7 @@ def seed(kind: str, upstream_model: str) -> list[Price]:
         return []
     source = f"genai-prices {importlib.metadata.version('genai-prices')}"
     if not isinstance(model.prices, list):
-        row = _price(model.prices, 0.0, source)
+        row = _price(model.prices, 0.0, source, context_window)
         return [row] if row is not None else []
     rows = []
     for conditional in model.prices:
@@ -53,14 +53,14 @@ def seed(kind: str, upstream_model: str) -> list[Price]:
         if constraint is not None and start is None:
             continue
         began = datetime.datetime.combine(start, datetime.time(), datetime.UTC).timestamp() if start is not None else 0.0
-        row = _price(conditional.prices, began, source)
+        row = _price(conditional.prices, began, source, context_window)
         if row is not None:
             rows.append(row)
     return rows
 
 
-def _price(prices: Any, start: float, source: str) -> Price | None:
-    amounts = {name: _nano(getattr(prices, field, None)) for name, field in _FIELDS.items()}
+def _price(prices: Any, start: float, source: str, context_window: int) -> Price | None:
+    amounts = {name: _nano(getattr(prices, field, None), context_window) for name, field in _FIELDS.items()}
     if amounts["input"] is None and amounts["output"] is None:
         return None
     requests = getattr(prices, "requests_kcount", None)
@@ -77,12 +77,14 @@ def _price(prices: Any, start: float, source: str) -> Price | None:
     )
 
 
-def _nano(value: Any) -> int | None:
+def _nano(value: Any, context_window: int) -> int | None:
     if value is None:
         return None
     tiers = getattr(value, "tiers", None)
     if tiers is not None:
-        value = max([value.base, *(tier.price for tier in tiers)])
+        # A prompt is always shorter than the window, which has to hold its answer, too.
+        reachable = [tier.price for tier in tiers if not context_window or tier.start < context_window]
+        value = max([value.base, *reachable])
     return _ceiling(Decimal(value) * _NANO)
 
 

@@ -17,7 +17,7 @@ def day(text: str) -> float:
     return datetime.datetime.fromisoformat(text).replace(tzinfo=datetime.UTC).timestamp()
 
 
-def no_seed(kind: str, upstream_model: str) -> list[Price]:
+def no_seed(kind: str, upstream_model: str, context_window: int) -> list[Price]:
     return []
 
 
@@ -106,7 +106,7 @@ def test_free_is_a_written_zero_and_silence_is_no_price() -> None:
 def test_the_seed_is_asked_only_where_the_catalogue_is_silent_and_overrides_win() -> None:
     asked: list[tuple[str, str]] = []
 
-    def seed(kind: str, upstream_model: str) -> list[Price]:
+    def seed(kind: str, upstream_model: str, context_window: int) -> list[Price]:
         asked.append((kind, upstream_model))
         return [Price("", "", 7, 8, source="seed")]
 

@@ -804,7 +804,7 @@ Global___RevokeKeyResponse: _TypeAlias = RevokeKeyResponse  # noqa: Y015
 
 @_typing.final
 class KeyInvalidation(_message.Message):
-    """KeyInvalidation is published on NATS subject `sluice.keys.invalidated` when a key was changed or revoked."""
+    """KeyInvalidation is published on NATS subject `sluice.keys.revoked` when a key was changed or revoked."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

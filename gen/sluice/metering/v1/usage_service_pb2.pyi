@@ -325,7 +325,7 @@ class LedgerEntry(_message.Message):
 
     @_builtins.property
     def flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Marks: `above_hold`, `late`, `estimated`, `price_unknown`."""
+        """Marks: `price_unknown`, `cost_mismatch` (the cost isn't what the named price gives; it was charged as reported)."""
 
     def __init__(
         self,

@@ -43,9 +43,9 @@ def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..
     signature = inspect.signature(test)
     added = inspect.Parameter("loop_factory", inspect.Parameter.KEYWORD_ONLY)
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])  # type: ignore[attr-defined]
-    return pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])(
-        run
-    )
+    loops = pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+    marked: Callable[..., None] = loops(run)
+    return marked
 
 
 @dataclass
@@ -148,11 +148,11 @@ class Client:
 
 
 async def echo(exchange: Exchange) -> None:
-    exchange.respond(OK, b"%b %b %b" % (exchange.method, exchange.target, exchange.body))
+    exchange.respond(OK, b" ".join((exchange.method, exchange.target, exchange.body)))
 
 
 def at_once(exchange: Exchange) -> None:
-    exchange.respond(OK, b"%b %b %b" % (exchange.method, exchange.target, exchange.body))
+    exchange.respond(OK, b" ".join((exchange.method, exchange.target, exchange.body)))
 
 
 @contextlib.asynccontextmanager
@@ -186,7 +186,7 @@ class Gate:
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
-        exchange.respond(OK, b"%b %b" % (exchange.target, exchange.body))
+        exchange.respond(OK, b" ".join((exchange.target, exchange.body)))
 
 
 def post(body: bytes, path: bytes = b"/echo", extra: bytes = b"") -> bytes:
@@ -231,7 +231,10 @@ async def test_a_quick_request_waits_for_the_slow_one_before_it() -> None:
     gate = Gate()
 
     def handler(exchange: Exchange) -> Coroutine[Any, Any, None] | None:
-        return gate(exchange) if exchange.target == b"/slow" else at_once(exchange)
+        if exchange.target == b"/slow":
+            return gate(exchange)
+        at_once(exchange)
+        return None
 
     async with listening(handler) as site:
         client = await site.client()
@@ -1095,7 +1098,10 @@ async def test_drain_ends_what_is_in_flight_and_closes_the_rest() -> None:
     gate = Gate()
 
     def handler(exchange: Exchange) -> Coroutine[Any, Any, None] | None:
-        return at_once(exchange) if exchange.target == b"/idle" else gate(exchange)
+        if exchange.target != b"/idle":
+            return gate(exchange)
+        at_once(exchange)
+        return None
 
     async with listening(handler, header_timeout=20.0) as site:
         idle, busy, half, silent = [await site.client() for _ in range(4)]

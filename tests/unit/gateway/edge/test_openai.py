@@ -464,7 +464,7 @@ def test_an_answer_of_the_sdk_can_be_sent_back_whole() -> None:
     sent_back = answered.choices[0].message.model_dump()
     assert message(sent_back) == Message(
         role=conversation_pb2.ROLE_ASSISTANT,
-        parts=[part for kind in ("reasoning", "text", "tool_call") for part in TOOLS.message.parts if part.HasField(kind)],  # type: ignore[arg-type]
+        parts=[part for kind in ("reasoning", "text", "tool_call") for part in TOOLS.message.parts if part.HasField(kind)],
     )
 
 
@@ -610,10 +610,10 @@ def check_only_failures(
         call.request.SerializeToString()
         with contextlib.suppress(Failure):
             check(call.request)
-    for failure in failures:
-        assert isinstance(failure, RequestInvalid | FieldUnsupported)
-        assert failure.metadata["field"]
-        assert len(failure.message) < 400
+    for one in failures:
+        assert isinstance(one, RequestInvalid | FieldUnsupported)
+        assert one.metadata["field"]
+        assert len(one.message) < 400
     return taken, len(failures)
 
 
