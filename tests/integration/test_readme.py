@@ -69,7 +69,7 @@ def test_shell_blocks_run(environment: dict[str, str]) -> None:
     for block in SHELL:
         printed = run(block, environment)
         assert '"chat.completion"' in printed
-        assert '"operationId"' in printed
+        assert '"operation_id"' in printed
         assert len(commands(block)) >= 7
 
 

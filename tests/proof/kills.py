@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -24,7 +26,7 @@ from services.cli.state import Ready
 from services.runtime.errors import Failure
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
 from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
-from tests.running import Running
+from tests.running import ROOT, Running
 
 RECOVERY_SECONDS: Final = 5.0
 DEADLINE_SECONDS: Final = 2.0
@@ -81,6 +83,8 @@ class Kill:
     """As `recovery_seconds`, for callers over HTTP and over gRPC: when only one of them waits, its connections are what to look at."""
     health_seconds: float
     """From the kill to the last moment at which its health, asked over a new connection, was not SERVING."""
+    logs: Path | None
+    """A copy of every process's log after a slow recovery: the running Sluice takes its own with it."""
 
 
 @dataclass(slots=True)
@@ -99,6 +103,7 @@ class Seen:
             + f"), serving after {one.serving_seconds:.1f} s, last not serving after {one.health_seconds:.1f} s, "
             f"health {'flipped' if one.flipped else 'did not flip'}, failed {sum(one.errors.values())}"
             + "".join(f"; {count} x {error}" for error, count in one.errors.most_common(2))
+            + (f"; logs in {one.logs}" if one.logs is not None else "")
             for one in sorted(self.kills, key=lambda one: one.recovery_seconds, reverse=True)
         ]
 
@@ -233,6 +238,10 @@ def _kill(started: Running, name: str, load: _Load) -> Kill:
     def last(caller: str) -> float:
         return max((one.ended for one in failed if one.error.startswith(caller)), default=began) - began
 
+    logs = None
+    if last("") > RECOVERY_SECONDS:
+        logs = ROOT / ".cache" / "proof" / f"{started.directory.name}-{name}-{pid}"
+        shutil.copytree(started.directory / "logs", logs, dirs_exist_ok=True)
     return Kill(
         name,
         recovery_seconds=last(""),
@@ -241,6 +250,7 @@ def _kill(started: Running, name: str, load: _Load) -> Kill:
         errors=Counter(one.error for one in failed),
         recovery_by_caller={caller: last(caller) for caller in ("HTTP", "gRPC")},
         health_seconds=last_down - began,
+        logs=logs,
     )
 
 

@@ -586,11 +586,13 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_sent() -> None:
 
 @on_both_loops
 async def test_http_1_0_knows_no_interim_answers() -> None:
-    async with listening() as site:
+    async with listening(body_timeout=0.1) as site:
         client = await site.client()
-        await client.send(b"POST /c HTTP/1.0\r\ncontent-length: 2\r\nexpect: 100-continue\r\n\r\n")
-        await until(lambda: site.listener.connection_count == 1)
-        assert (await client.ask(b"hi")).status == 200
+        head = b"POST /c HTTP/1.0\r\ncontent-length: 2\r\nexpect: 100-continue\r\n\r\n"
+        # No invitation comes first, so a client that waits for one is told that it waited in vain.
+        assert (await client.ask(head)).status == 408
+        other = await site.client()
+        assert (await other.ask(head + b"hi")).status == 200
 
 
 @on_both_loops
@@ -928,24 +930,29 @@ async def test_a_client_that_goes_away_cancels_its_handler() -> None:
 
 @on_both_loops
 async def test_a_client_that_is_reset_cancels_its_stream() -> None:
-    gone = asyncio.Event()
+    stalled, gone = asyncio.Event(), asyncio.Event()
 
     async def handler(exchange: Exchange) -> None:
         exchange.open(OK)
         exchange.send(b"first")
         try:
+            while exchange.send(b"p" * 65_536):
+                await asyncio.sleep(0)
+            stalled.set()
+            await exchange.writable()
             await asyncio.Event().wait()
         finally:
             assert exchange.closed
             assert not exchange.expired
             assert exchange.send(b"to nobody")
+            # Nothing will make room any more: whoever asks now must not wait for it.
             await exchange.writable()
             gone.set()
 
-    async with listening(handler) as site:
-        client = await site.client()
+    async with listening(handler, write_buffer_bytes=65_536) as site:
+        client = await site.client(receive_buffer=16_384)
         await client.send(GET % b"1")
-        await client.reader.readuntil(b"first")
+        await stalled.wait()
         client.writer.transport.abort()
         await gone.wait()
 

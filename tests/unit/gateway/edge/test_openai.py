@@ -12,7 +12,7 @@ from typing import Any, Final, get_args
 import openai.types as sdk
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -28,6 +28,8 @@ from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2, receipt_pb2
 from tests.unit.gateway.fakes import PRINCIPAL
 
+# The machine may be busy: how long an example takes says nothing about the code.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Part = conversation_pb2.Part
 Message = conversation_pb2.Message
 PIXEL: Final = base64.b64encode(b"\x89PNG").decode()
@@ -668,6 +670,7 @@ json_values = st.recursive(
 )
 
 
+@unhurried
 @given(body=st.dictionaries(st.sampled_from(list(FULL)), json_values, max_size=6))
 def test_any_body_raises_nothing_but_failures(body: dict[str, Any]) -> None:
     check_only_failures(
@@ -1010,6 +1013,7 @@ def test_a_provider_s_stream_that_we_cut_gets_a_finish() -> None:
     assert cut["choices"][0]["finish_reason"] == "length"
 
 
+@unhurried
 @given(texts=st.lists(st.text(), max_size=6))
 def test_any_text_survives_the_stream(texts: list[str]) -> None:
     stream = openai.ChatStream(opened(), include_usage=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.gateway.edge import payload
@@ -15,6 +15,8 @@ from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
 from services.runtime.errors import Reason
 from sluice.inference.v1 import conversation_pb2
 
+# The machine may be busy: how long an example takes says nothing about the code.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PIXEL = base64.b64encode(b"\x89PNG not really").decode()
 OTHERS: list[Any] = [None, True, 0, -1, 1.5, "text", [], ["a"], {}, {"a": 1}]
 
@@ -197,6 +199,7 @@ json_values = st.recursive(
 )
 
 
+@unhurried
 @given(value=json_values)
 def test_what_is_shown_is_short_and_one_line(value: Any) -> None:
     shown = payload.shown(value)
@@ -204,6 +207,7 @@ def test_what_is_shown_is_short_and_one_line(value: Any) -> None:
     assert len(shown) < 600
 
 
+@unhurried
 @given(value=json_values, reader=st.sampled_from([read for read, _ in READERS]))
 def test_readers_raise_nothing_else(value: Any, reader: Callable[[Any], Any]) -> None:
     try:
@@ -212,6 +216,7 @@ def test_readers_raise_nothing_else(value: Any, reader: Callable[[Any], Any]) ->
         refused(lambda: reader(value), "p")
 
 
+@unhurried
 @given(
     url=st.text(max_size=80)
     | st.text(max_size=40).map("data:image/png;base64,".__add__)
