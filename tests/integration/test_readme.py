@@ -18,20 +18,6 @@ SHELL = [body for kind, body in BLOCKS if kind == "sh"]
 PYTHON = [body for kind, body in BLOCKS if kind == "python"]
 
 
-def commands(block: str) -> list[str]:
-    """The commands of a block: lines that a quote or a backslash holds together are one."""
-    found: list[str] = []
-    open_command = ""
-    for line in block.splitlines():
-        open_command = f"{open_command}\n{line}" if open_command else line
-        if open_command.endswith("\\") or open_command.count("'") % 2:
-            continue
-        if open_command.strip() and not open_command.startswith("#"):
-            found.append(open_command)
-        open_command = ""
-    return found
-
-
 @pytest.fixture
 def environment(mesh: Running, tmp_path: Path) -> dict[str, str]:
     """That of a person who started `sluice up` with this state directory."""
@@ -70,7 +56,6 @@ def test_shell_blocks_run(environment: dict[str, str]) -> None:
         printed = run(block, environment)
         assert '"chat.completion"' in printed
         assert '"operation_id"' in printed
-        assert len(commands(block)) >= 7
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=["openai", "stub"])
