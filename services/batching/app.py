@@ -169,10 +169,13 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         await worker.drain(process.settings.drain_grace)
 
     descriptor = job_service_pb2.DESCRIPTOR.services_by_name["JobService"]
-    yield Service(
-        name=NAME,
-        bindings=(Binding(servicer, descriptor),),
-        pings={"nats": nats_there},
-        workers=(worker.run, queues.move_due, listen),
-        drain=drain,
-    )
+    try:
+        yield Service(
+            name=NAME,
+            bindings=(Binding(servicer, descriptor),),
+            pings={"nats": nats_there},
+            workers=(worker.run, queues.move_due, listen),
+            drain=drain,
+        )
+    finally:
+        await queues.close()

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Final, Protocol
 
+from services.batching.cancellation import checkpoint
 from services.batching.errors import BatchingError, Conflict, TooLarge
 from services.batching.job import Job, Retries, State, may_succeed_later
 from services.batching.ports import Delivery, JobTable, QueueName, Queues, Row, Ticket
@@ -98,6 +99,7 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as group:
                 while True:
+                    checkpoint()
                     self._wake.clear()
                     took = 0
                     try:
@@ -197,6 +199,7 @@ class Worker:
         job = row.job
         heartbeat = asyncio.create_task(self._extend(delivery), name=f"heartbeat {job.id}")
         try:
+            checkpoint()
             try:
                 response = await self._generate(job, min(self._attempt_timeout, max(0.001, job.deadline_time - self._clock())))
             except Failure as failure:

@@ -1,9 +1,12 @@
-"""A conversation as counting sees it: texts, tools and pictures, without anything that costs no tokens."""
+"""A conversation as counting sees it: texts, tools and pictures, without anything that costs no tokens.
+
+Named tuples: they are made for every count, and a frozen dataclass takes three times as long.
+"""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 class Role(enum.StrEnum):
@@ -16,8 +19,7 @@ class Role(enum.StrEnum):
     DEVELOPER = "developer"
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(NamedTuple):
     """A call that the model asked for."""
 
     id: str
@@ -26,8 +28,7 @@ class ToolCall:
     """JSON text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(NamedTuple):
     """A picture, as far as its price in tokens depends on it."""
 
     width: int | None
@@ -37,8 +38,7 @@ class Picture:
     """`low`, `high` or `auto`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One message."""
 
     role: Role
@@ -50,8 +50,7 @@ class Turn:
     pictures: tuple[Picture, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Tool:
+class Tool(NamedTuple):
     """A tool definition."""
 
     name: str
@@ -60,12 +59,11 @@ class Tool:
     """JSON schema as text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
+class Conversation(NamedTuple):
     """What a prompt is made of."""
 
     turns: tuple[Turn, ...]
-    tools: tuple[Tool, ...] = field(default=())
+    tools: tuple[Tool, ...] = ()
     schema: str = ""
     """JSON schema of the answer, which some providers put into the prompt."""
 

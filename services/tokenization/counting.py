@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from services.tokenization.conversation import Conversation
 
@@ -20,8 +19,7 @@ class Method(enum.Enum):
     """A calibrated estimator."""
 
 
-@dataclass(frozen=True, slots=True)
-class Count:
+class Count(NamedTuple):
     """A number of tokens and how far to trust it."""
 
     tokens: int

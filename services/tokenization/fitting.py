@@ -7,7 +7,7 @@ stands without its result nor a result without its call. System and developer tu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from services.tokenization.conversation import Conversation, Role
 from services.tokenization.counting import Count
@@ -72,4 +72,4 @@ def fit(conversation: Conversation, window: int, count: Callable[[Conversation],
 
 
 def _only(conversation: Conversation, kept: Sequence[int]) -> Conversation:
-    return replace(conversation, turns=tuple(conversation.turns[index] for index in kept))
+    return conversation._replace(turns=tuple(conversation.turns[index] for index in kept))

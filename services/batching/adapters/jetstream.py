@@ -40,6 +40,7 @@ from nats.js.errors import (
 )
 from nats.js.kv import KeyValue
 
+from services.batching.cancellation import checkpoint
 from services.batching.errors import BatchingError, Conflict, QueueFull, QueueUnavailable, TooLarge
 from services.batching.job import Job
 from services.batching.ports import Delivery, QueueName, Row, Ticket
@@ -63,7 +64,8 @@ CANCELLED: Final = "sluice.jobs-cancelled"
 WAKE: Final = "sluice.jobs-wake"
 """Core NATS subject on which new tickets are announced."""
 
-_TIMEOUT: Final = 5.0
+_TIMEOUT: Final = 2.0
+"""Seconds until a call that NATS doesn't answer is given up; one that is under way when the server dies waits so long."""
 _FETCH_SECONDS: Final = 0.2
 _WATCH_CHECK: Final = 2.0
 """Seconds of silence after which a watcher is checked."""
@@ -264,6 +266,7 @@ class JetStreamTable:
                 watcher = await bucket.watch(_key(tenant_id, job_id), ignore_deletes=True)
             try:
                 while True:
+                    checkpoint()
                     try:
                         entry = await _next(watcher, _WATCH_CHECK)
                     except (NatsTimeoutError, TimeoutError):
@@ -363,6 +366,7 @@ class JetStreamQueues:
     async def move_due(self) -> None:
         """Moves tickets that are due into their queues, until cancelled. Any number of processes may do so."""
         while True:
+            checkpoint()
             try:
                 await self._move_some()
             except (QueueUnavailable, NatsError, OSError):
@@ -380,6 +384,7 @@ class JetStreamQueues:
             )
         try:
             while True:
+                checkpoint()
                 try:
                     messages = await subscription.fetch(32, timeout=2.0)
                 except (NatsTimeoutError, FetchTimeoutError, TimeoutError):
@@ -515,6 +520,13 @@ class JetStreamQueues:
                 await self._subscriptions.pop(oldest).unsubscribe()
         self._subscriptions[queue] = subscription
         return subscription
+
+    async def close(self) -> None:
+        """Lets go of the subscriptions: a client that drains waits for what is left in them, though nobody fetches any more."""
+        while self._subscriptions:
+            _, subscription = self._subscriptions.popitem()
+            with contextlib.suppress(NatsError, OSError):
+                await subscription.unsubscribe()
 
     async def announce_cancel(self, tenant_id: str, job_id: str) -> None:
         """See Queues."""

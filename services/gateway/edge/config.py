@@ -27,7 +27,10 @@ class EdgeConfig:
     )
     idle_timeout: float = setting(75.0, "Time between two requests of a connection", unit="s", minimum=0.05)
     write_timeout: float = setting(
-        15.0, "Time in which a client that stopped reading must read again before it is cut off", unit="s", minimum=0.05
+        15.0,
+        "Time in which a client that is behind must read write_buffer_bytes, or all that waits for it; else it is cut off",
+        unit="s",
+        minimum=0.05,
     )
     linger_timeout: float = setting(
         1.0, "Time in which the rest of a refused request is read and thrown away, so that the client sees the refusal",

@@ -10,7 +10,7 @@ import pytest
 
 from services.batching.errors import TooLarge
 from services.batching.job import Job, Retries, State
-from services.batching.ports import QueueName, Ticket
+from services.batching.ports import QueueName, Row, Ticket
 from services.batching.submission import Jobs
 from services.batching.worker import Worker
 from services.runtime.errors import Reason
@@ -506,3 +506,46 @@ async def test_a_wake_is_faster_than_the_poll() -> None:
         made = await rig.put(job())
         await rig.settled()
     assert rig.table.job(made.id).state is State.SUCCEEDED
+
+
+async def test_a_cancellation_that_a_call_swallowed_still_ends_the_worker() -> None:
+    """`asyncio.wait_for` of Python 3.11, under every call of nats-py, swallows one that comes together with the result."""
+    rig = Rig()
+    inside = asyncio.Event()
+    waiting = rig.queues.waiting
+
+    async def swallow() -> dict[QueueName, int]:
+        inside.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        rig.queues.waiting = waiting  # type: ignore[method-assign]
+        return {}
+
+    rig.queues.waiting = swallow  # type: ignore[method-assign]
+    task = asyncio.create_task(rig.worker.run())
+    await inside.wait()
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=5)
+    assert done
+    assert task.cancelled()
+
+
+async def test_a_cancellation_that_the_table_swallowed_starts_no_attempt() -> None:
+    rig = Rig()
+    inside = asyncio.Event()
+    get = rig.table.get
+
+    async def swallow(tenant_id: str, job_id: str) -> Row | None:
+        inside.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return await get(tenant_id, job_id)
+
+    rig.table.get = swallow  # type: ignore[method-assign]
+    await rig.put(job())
+    task = asyncio.create_task(rig.worker.run())
+    await inside.wait()
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=5)
+    assert done
+    assert rig.runs == []
