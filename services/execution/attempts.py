@@ -7,7 +7,6 @@ of the caller ends the chain. A kept connection that turned out closed gets the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Final
@@ -333,9 +332,11 @@ class Operation:
 
     # Streams.
 
-    async def stream(self) -> AsyncIterator[Any]:
-        """First CompletionOpened, then bytes or DeltaBatch, last Completed. Raises as `complete`, and after the first piece
-        AttemptFailed PROVIDER_STREAM_BROKEN or the like: never another candidate.
+    async def open_stream(self) -> AsyncGenerator[Any, None]:
+        """The stream of the first candidate that begins to answer; to be read to its end or closed. Raises as `complete`.
+
+        It gives first CompletionOpened, then bytes or DeltaBatch, last Completed, and raises after the first piece AttemptFailed
+        PROVIDER_STREAM_BROKEN or the like: never another candidate.
         """
         self.input_count = self._request.input_count.token_count
         last = len(self.candidates) - 1
@@ -377,12 +378,7 @@ class Operation:
                     await _closed(pieces)
                     raise
                 attempt.first = time.time_ns()
-                # Closed by name: a caller that leaves must find the attempt settled and the socket closed, not some turns later.
-                flow = self._flow(attempt, pieces, piece, bool(wire), prompt.max_output_tokens)
-                async with contextlib.aclosing(flow):
-                    async for event in flow:
-                        yield event
-                return
+                return self._flow(attempt, pieces, piece, bool(wire), prompt.max_output_tokens)
         raise self._exhausted()
 
     async def _flow(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
 from services.execution.attempts import Operation
@@ -132,11 +132,12 @@ class ExecutionServicer:
         if not request.conversation.messages:
             raise invalid("conversation", "must have at least one message")
         operation = self._begin(request, call)
-        events = operation.stream()
+        events: AsyncGenerator[Any, None] | None = None
         response = pb2.StreamCompleteResponse
         try:
+            events = await operation.open_stream()
             async for event in events:
-                if isinstance(event, bytes):
+                if type(event) is bytes:
                     yield response(wire=event)
                 elif isinstance(event, pb2.DeltaBatch):
                     yield response(deltas=event)
@@ -154,7 +155,9 @@ class ExecutionServicer:
         except Failure as failure:
             raise _costed(failure, operation) from None
         finally:
-            await events.aclose()  # type: ignore[attr-defined]  # an async generator
+            # By name: a caller that leaves must find the attempt settled and the socket closed, not some turns later.
+            if events is not None:
+                await events.aclose()
             self._end(operation.id)
 
     async def Embed(self, request: pb2.EmbedRequest, call: Call) -> pb2.EmbedResponse:

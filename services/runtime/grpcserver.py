@@ -16,7 +16,7 @@ from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Call, CallerKind
 from services.runtime.dispatch import Method, Table
 from services.runtime.errors import Failure, Reason
 from services.runtime.frames import LINK_SERVICE, link_options
-from services.runtime.inproc import bounded, bounded_stream
+from services.runtime.inproc import BoundedStream, bounded
 from services.runtime.interceptors import Log
 from services.runtime.linkserver import LinkServer
 from services.runtime.settings import MeshSettings, Profile, Reflection
@@ -143,7 +143,7 @@ class GrpcServer:
                 admission.enter()
                 try:
                     call = _call(path, context)
-                    replies = bounded_stream(handler(data, call), call.deadline, path)
+                    replies = BoundedStream(handler(data, call), call.deadline, path)
                     try:
                         async for reply in replies:
                             yield reply.SerializeToString()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import types
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -151,22 +151,93 @@ class InprocChannel:
                 context = Call(method, deadline, _EMPTY, self._caller)
             handler = resolved.stream
             assert handler is not None, f"{method} is unary"
-            return bounded_stream(handler(request, context), deadline, method)
+            return BoundedStream(handler(request, context), deadline, method)
 
         return call
 
 
-async def bounded_stream(replies: AsyncIterator[Any], deadline: float, what: str) -> AsyncGenerator[Any, None]:
-    """`replies`, each awaited no longer than until `deadline` (Failure DEADLINE_EXCEEDED); closed with this iterator."""
-    try:
-        step = replies.__anext__
-        while True:
-            try:
-                reply = await bounded(step(), deadline, what)
-            except StopAsyncIteration:
-                return
-            yield reply
-    finally:
-        close = getattr(replies, "aclose", None)
+class BoundedStream:
+    """`replies`, each awaited no longer than until `deadline` (Failure DEADLINE_EXCEEDED). Close it (`aclose`) or read it to its end.
+
+    An async iterator by hand: the deadline is the same for every reply, so one timer serves them all, and it costs a chunk of a
+    stream nothing but a look.
+    """
+
+    __slots__ = ("_deadline", "_expired", "_replies", "_step", "_task", "_timer", "_what")
+
+    def __init__(self, replies: AsyncIterator[Any], deadline: float, what: str) -> None:
+        self._replies = replies
+        self._step = replies.__anext__
+        self._deadline = deadline
+        self._what = what
+        self._task: asyncio.Task[Any] | None = None
+        """Who waits for a reply."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._expired = False
+
+    def __aiter__(self) -> BoundedStream:
+        return self
+
+    def __anext__(self) -> Awaitable[Any]:
+        return self._next()
+
+    @types.coroutine
+    def _next(self) -> Generator[Any, Any, Any]:
+        if self._expired:
+            raise deadline_exceeded(self._what)
+        work: Any = self._step()
+        try:
+            pending = work.send(None)
+        except StopIteration as done:
+            return done.value
+        except BaseException:
+            self._rest()
+            raise
+        task = self._task = asyncio.current_task()
+        assert task is not None, "a call needs a running task"
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_at(self._deadline, self._expire)
+        try:
+            while True:
+                try:
+                    sent = yield pending
+                except GeneratorExit:
+                    work.close()
+                    raise
+                except BaseException as thrown:  # noqa: BLE001  # handed on, whatever it is
+                    pending = work.throw(thrown)
+                else:
+                    pending = work.send(sent)
+        except StopIteration as done:
+            if self._expired and task.uncancel() > 0:
+                raise asyncio.CancelledError from None
+            return done.value
+        except asyncio.CancelledError:
+            self._rest()
+            if self._expired and task.uncancel() == 0:
+                raise deadline_exceeded(self._what) from None
+            raise
+        except BaseException:
+            self._rest()
+            if self._expired:
+                task.uncancel()
+            raise
+        finally:
+            self._task = None
+
+    def _expire(self) -> None:
+        self._expired = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def _rest(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def aclose(self) -> None:
+        """Cancels the call."""
+        self._rest()
+        close = getattr(self._replies, "aclose", None)
         if close is not None:
             await close()

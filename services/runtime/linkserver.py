@@ -15,7 +15,7 @@ from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Call, Caller
 from services.runtime.dispatch import Method, Table
 from services.runtime.errors import Failure, Reason
 from services.runtime.frames import FIRST_CREDITS, LINK_SERVICE, MAX_OUTBOX_BYTES, Outbox
-from services.runtime.inproc import bounded, bounded_stream
+from services.runtime.inproc import BoundedStream, bounded
 from services.runtime.interceptors import Log
 from services.runtime.status import status_from_failure
 from sluice.link.v1 import link_service_pb2
@@ -179,7 +179,7 @@ class _Session:
         outbox = self._outbox
         failure: Failure | None = None
         try:
-            replies = bounded_stream(handler(data, call), call.deadline, call.method)
+            replies = BoundedStream(handler(data, call), call.deadline, call.method)
             async with contextlib.aclosing(replies):
                 async for reply in replies:
                     if not room.left:

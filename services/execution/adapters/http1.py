@@ -57,6 +57,8 @@ class _Connection(asyncio.Protocol):
         self._complete = False
         self._error: AttemptFailed | None = None
         self._more: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._expires = 0.0
         self._paused = False
         self._started = False
         self._keep = False
@@ -222,13 +224,17 @@ class _Connection(asyncio.Protocol):
                     done = True
                     return
                 self._more = self._loop.create_future()
-                timer = self._loop.call_at(min(deadline, self._loop.time() + idle_seconds), self._expire)
+                self._expires = min(deadline, self._loop.time() + idle_seconds)
+                if self._timer is None:
+                    self._timer = self._loop.call_at(self._expires, self._look)
                 try:
                     await self._more
                 finally:
-                    timer.cancel()
                     self._more = None
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
             self._waiter = None
             self._streaming = False
             if done and not self.closed:
@@ -236,6 +242,16 @@ class _Connection(asyncio.Protocol):
                 self._pool.release(self, self._keep and keep)
             else:
                 self.close()
+
+    def _look(self) -> None:
+        """The timer of a streamed answer. It is not set anew for every piece, so it may come too early: then it is set again."""
+        self._timer = None
+        if self._more is None:
+            return
+        if self._loop.time() >= self._expires:
+            self._expire()
+        else:
+            self._timer = self._loop.call_at(self._expires, self._look)
 
     def _wake(self) -> None:
         more = self._more

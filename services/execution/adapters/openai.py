@@ -395,12 +395,12 @@ class OpenAIProvider:
         try:
             if response.status != 200:
                 raise fault(response.status, response.headers, await beginning(pieces), self._secret())
-            if prompt.accepted_wire == _OPENAI:
-                async for wire in _passed_through(pieces, prompt):
-                    yield wire
-            else:
-                async for made in _translated(pieces, prompt):
-                    yield made
+            made = _PassedThrough(prompt.model) if prompt.accepted_wire == _OPENAI else _Translated(prompt.model)
+            take = made.take
+            async for piece in pieces:
+                if shown := take(piece):
+                    yield shown
+            yield made.end()
         finally:
             await pieces.aclose()  # type: ignore[attr-defined]  # an async generator
 
@@ -443,44 +443,52 @@ class OpenAIProvider:
         self._pool.close()
 
 
-async def _passed_through(pieces: AsyncIterator[bytes], prompt: Prompt) -> AsyncIterator[Any]:
-    """Whole events as bytes, without those that are only usage and without the end mark; last the answer, parsed once."""
-    cutter = EventCutter()
-    kept: list[bytes] = []
-    size = 0
-    ended = False
-    async for piece in pieces:
-        block = cutter.whole(piece)
+class _PassedThrough:
+    """Lets whole events through as bytes, without those that are only usage and without the end mark; the answer is parsed once, at the
+    end. A class, not a generator: each of those on the way costs a microsecond a chunk.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._cutter = EventCutter()
+        self._kept: list[bytes] = []
+        self._size = 0
+        self._ended = False
+
+    def take(self, piece: bytes) -> bytes:
+        """What of it goes on, maybe nothing. Raises AttemptFailed."""
+        block = self._cutter.whole(piece)
         if not block:
-            continue
+            return b""
         if b"[DONE]" in block or b'"usage":{' in block or b'"usage": {' in block or b'"error"' in block:
             shown: list[bytes] = []
             for event in events(block):
                 data = data_of(event)
                 if data == b"[DONE]":
-                    ended = True
+                    self._ended = True
                     continue
-                kept.append(event + b"\n\n")
-                size += len(event)
+                self._kept.append(event + b"\n\n")
+                self._size += len(event)
                 if not _is_usage_only(data):
                     shown.append(event + b"\n\n")
-            block = b"".join(shown)
-        else:
-            size += len(block)
-            if size <= MOST_KEPT:
-                kept.append(block)
-        if block:
-            yield block
-    gathered = Gathered(prompt.model)
-    for block in kept:
-        for event in events(block):
-            try:
-                gathered.take(orjson.loads(data_of(event)))
-            except orjson.JSONDecodeError:
-                # A comment line, as servers send to keep the connection alive.
-                if data_of(event):
-                    raise malformed("no JSON in an event") from None
-    yield _ended(gathered, ended, size)
+            return b"".join(shown)
+        self._size += len(block)
+        if self._size <= MOST_KEPT:
+            self._kept.append(block)
+        return block
+
+    def end(self) -> Completed:
+        """The answer. Raises AttemptFailed when it isn't whole."""
+        gathered = Gathered(self._model)
+        for block in self._kept:
+            for event in events(block):
+                try:
+                    gathered.take(orjson.loads(data_of(event)))
+                except orjson.JSONDecodeError:
+                    # A comment line, as servers send to keep the connection alive.
+                    if data_of(event):
+                        raise malformed("no JSON in an event") from None
+        return _ended(gathered, self._ended, self._size)
 
 
 def _is_usage_only(data: bytes) -> bool:
@@ -504,25 +512,30 @@ def _ended(gathered: Gathered, ended: bool, size: int) -> Completed:
     return Completed(answer)
 
 
-async def _translated(pieces: AsyncIterator[bytes], prompt: Prompt) -> AsyncIterator[Any]:
-    """Pieces of the answer in the contract's own form; last the answer."""
-    cutter = EventCutter()
-    gathered = Gathered(prompt.model)
-    ended = False
-    async for piece in pieces:
-        block = cutter.whole(piece)
+class _Translated:
+    """Makes pieces in the contract's own form of the provider's events."""
+
+    def __init__(self, model: str) -> None:
+        self._cutter = EventCutter()
+        self._gathered = Gathered(model)
+        self._ended = False
+
+    def take(self, piece: bytes) -> execution_service_pb2.DeltaBatch | None:
+        """The pieces in it, if any. Raises AttemptFailed."""
         deltas: list[answer_pb2.Delta] = []
-        for event in events(block):
+        for event in events(self._cutter.whole(piece)):
             data = data_of(event)
             if data == b"[DONE]":
-                ended = True
+                self._ended = True
                 continue
             if not data:
                 continue
             try:
-                deltas += gathered.take(orjson.loads(data))
+                deltas += self._gathered.take(orjson.loads(data))
             except orjson.JSONDecodeError:
                 raise malformed("no JSON in an event") from None
-        if deltas:
-            yield execution_service_pb2.DeltaBatch(deltas=deltas)
-    yield _ended(gathered, ended, 0)
+        return execution_service_pb2.DeltaBatch(deltas=deltas) if deltas else None
+
+    def end(self) -> Completed:
+        """The answer. Raises AttemptFailed when it isn't whole."""
+        return _ended(self._gathered, self._ended, 0)

@@ -51,7 +51,7 @@ async def run(made: World, *providers: str, streaming: bool, **fields: Any) -> t
     """The operation and its answer."""
     if streaming:
         operation = made.stream(*providers, **fields)
-        pieces = operation.stream()
+        pieces = await operation.open_stream()
         opened = await anext(pieces)
         assert opened.attempt_id == f"op/{operation._number}"
         got = await heard(pieces)
@@ -294,7 +294,7 @@ async def test_after_the_first_token_no_other_candidate_is_tried(tmp_path: Path,
         operation = made.stream("a", "b", accepted_wire=wire, input_count={"token_count": 11})
         seen: list[Any] = []
         with pytest.raises(AttemptFailed) as caught:
-            async for piece in operation.stream():
+            async for piece in await operation.open_stream():
                 seen.append(piece)  # noqa: PERF401 - what came before the failure is looked at
         assert made.asked("b") == 0
         assert isinstance(seen[0], pb2.CompletionOpened)
@@ -322,11 +322,11 @@ async def test_before_the_first_token_another_candidate_is_tried(tmp_path: Path)
 async def test_a_caller_that_leaves_a_stream_finds_it_settled_and_closed(tmp_path: Path, how: str) -> None:
     async with world(tmp_path, a=begins_and_hangs) as made:
         operation = made.stream("a", input_count={"token_count": 11})
-        pieces = operation.stream()
+        pieces = await operation.open_stream()
         await anext(pieces)
         await anext(pieces)
         if how == "close":
-            await pieces.aclose()  # type: ignore[attr-defined]  # an async generator
+            await pieces.aclose()
         else:
             waiting = asyncio.ensure_future(anext(pieces))
             await asyncio.sleep(0)
@@ -438,7 +438,7 @@ async def test_a_stream_that_passes_its_hold_is_cut(tmp_path: Path) -> None:
     talk = conversation(max_output_tokens=10)
     async with world(tmp_path, a=chunked(many)) as made:
         operation = made.stream("a", conversation=talk, billing=billing(hold_nano_usd=1), input_count={"token_count": 5})
-        pieces = operation.stream()
+        pieces = await operation.open_stream()
         await anext(pieces)
         got = await heard(pieces)
         assert got.answer.finish_reason == answer_pb2.FINISH_REASON_BUDGET

@@ -71,7 +71,7 @@ async def test_no_error_has_the_key(tmp_path: Path, kind: str, caplog: pytest.Lo
         seen.extend(str(report) for report in made.reports)
 
     async def followed(operation: Any) -> None:
-        async for _ in operation.stream():
+        async for _ in await operation.open_stream():
             pass
 
     async with upstream(resets) as server, world(tmp_path) as made:
