@@ -34,8 +34,8 @@ _OVERRUN: Final = 1.1
 """A stream is cut when it has produced this many times the tokens that its hold covers: providers keep max_tokens, mostly."""
 _REASONS: Final = {reason: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason.value}") for reason in Reason}
 
-Report = Callable[[routing_service_pb2.AttemptReport], None]
-"""Takes what routing wants to know of an attempt that ended."""
+Report = Callable[[receipt_pb2.Attempt], None]
+"""Takes an attempt that ended, for what routing wants to know of it."""
 
 
 def _timestamp(nanoseconds: int) -> Timestamp:
@@ -140,15 +140,10 @@ class _Attempt:
             cost_nano_usd=cost,
             provider_status=getattr(failure, "status", 0) if failure is not None else 200,
         )
-        report = routing_service_pb2.AttemptReport(
-            model=record.model, outcome=outcome, error_reason=reason, duration=record.duration, usage=usage
-        )
         if self.first:
-            first = _duration(self.first - self.began)
-            attempt.first_token_duration.CopyFrom(first)
-            report.first_token_duration.CopyFrom(first)
+            attempt.first_token_duration.CopyFrom(_duration(self.first - self.began))
         operation.attempts.append(attempt)
-        operation.report(report)
+        operation.report(attempt)
         return record
 
 

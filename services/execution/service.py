@@ -16,7 +16,7 @@ from services.execution.targets import Targets
 from services.runtime.call import Call
 from services.runtime.errors import Failure, Reason, invalid
 from sluice.execution.v1 import execution_service_pb2 as pb2
-from sluice.inference.v1 import inference_service_pb2
+from sluice.inference.v1 import inference_service_pb2, receipt_pb2
 from sluice.routing.v1 import routing_service_pb2
 
 MAX_CANDIDATES: Final = 16
@@ -24,26 +24,44 @@ MAX_INPUTS: Final = 2048
 MAX_PAGE: Final = 1000
 DEFAULT_PAGE: Final = 100
 _MOST_REPORTS: Final = 10_000
+_MOST_OF_A_MODEL: Final = 100
 _REMEMBERED: Final = 10_000
 
 Health = Callable[[], list[routing_service_pb2.TargetHealth]]
 
 
 class Reports:
-    """Attempts that ended since routing was last told; bounded, statistics may be lost."""
+    """Attempts that ended since routing was last told: of each model the first few of an interval, which is all that percentiles need."""
 
     def __init__(self) -> None:
-        self._attempts: list[routing_service_pb2.AttemptReport] = []
+        self._attempts: list[receipt_pb2.Attempt] = []
+        self._counts: dict[str, int] = {}
 
-    def add(self, report: routing_service_pb2.AttemptReport) -> None:
-        """One more."""
-        if len(self._attempts) < _MOST_REPORTS:
-            self._attempts.append(report)
+    def add(self, attempt: receipt_pb2.Attempt) -> None:
+        """One more, as it stands in the receipt."""
+        counts, model = self._counts, attempt.model
+        count = counts.get(model, 0)
+        if count < _MOST_OF_A_MODEL and len(self._attempts) < _MOST_REPORTS:
+            counts[model] = count + 1
+            self._attempts.append(attempt)
 
     def take(self) -> list[routing_service_pb2.AttemptReport]:
         """All of them, which are then forgotten."""
-        taken, self._attempts = self._attempts, []
-        return taken
+        taken, self._attempts, self._counts = self._attempts, [], {}
+        return [_reported(attempt) for attempt in taken]
+
+
+def _reported(attempt: receipt_pb2.Attempt) -> routing_service_pb2.AttemptReport:
+    report = routing_service_pb2.AttemptReport(
+        model=attempt.model,
+        outcome=attempt.outcome,
+        error_reason=attempt.error_reason,
+        duration=attempt.duration,
+        usage=attempt.usage if attempt.HasField("usage") else None,
+    )
+    if attempt.HasField("first_token_duration"):
+        report.first_token_duration.CopyFrom(attempt.first_token_duration)
+    return report
 
 
 class ExecutionServicer:

@@ -122,7 +122,8 @@ class _Link:
             began = self._loop.time()
             try:
                 await self._session()
-            except (Failure, grpc.RpcError, TimeoutError, OSError) as error:
+            # InvalidStateError: the writer found the call over before the reader did. Any of these ends a session, none the link.
+            except (Failure, grpc.RpcError, TimeoutError, OSError, asyncio.InvalidStateError) as error:
                 failure = error if isinstance(error, Failure) else None
                 if isinstance(error, grpc.aio.AioRpcError):
                     failure = failure_from_rpc(error, self._service)

@@ -87,6 +87,9 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._pool.forget(self)
         if self._waiter is None and not self._streaming:
             return
@@ -178,7 +181,7 @@ class _Connection(asyncio.Protocol):
         waiter = self._begin(streaming=False)
         assert self.transport is not None
         self.transport.write(request)
-        timer = self._loop.call_at(deadline, self._expire)
+        self._limit(deadline)
         try:
             response = await waiter
         except BaseException:
@@ -186,7 +189,6 @@ class _Connection(asyncio.Protocol):
             self.close()
             raise
         finally:
-            timer.cancel()
             self._waiter = None
         self.used = True
         self._pool.release(self, self._keep)
@@ -197,14 +199,12 @@ class _Connection(asyncio.Protocol):
         waiter = self._begin(streaming=True)
         assert self.transport is not None
         self.transport.write(request)
-        timer = self._loop.call_at(deadline, self._expire)
+        self._limit(deadline)
         try:
             return await waiter
         except BaseException:
             self.close()
             raise
-        finally:
-            timer.cancel()
 
     async def pieces(self, idle_seconds: float, deadline: float, *, keep: bool = True) -> AsyncIterator[bytes]:
         """The body as it comes; what arrived together comes together. Leaving early closes the connection, `keep` or not."""
@@ -224,17 +224,12 @@ class _Connection(asyncio.Protocol):
                     done = True
                     return
                 self._more = self._loop.create_future()
-                self._expires = min(deadline, self._loop.time() + idle_seconds)
-                if self._timer is None:
-                    self._timer = self._loop.call_at(self._expires, self._look)
+                self._limit(min(deadline, self._loop.time() + idle_seconds))
                 try:
                     await self._more
                 finally:
                     self._more = None
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
             self._waiter = None
             self._streaming = False
             if done and not self.closed:
@@ -243,10 +238,23 @@ class _Connection(asyncio.Protocol):
             else:
                 self.close()
 
+    def _limit(self, moment: float) -> None:
+        """Lets what is waited for now fail at `moment` of the loop's clock.
+
+        Setting a timer and cancelling it costs more than all else that is done for a piece of a stream, so the one that runs is left
+        alone unless it would come too late.
+        """
+        self._expires = moment
+        timer = self._timer
+        if timer is not None:
+            if timer.when() <= moment:
+                return
+            timer.cancel()
+        self._timer = self._loop.call_at(moment, self._look)
+
     def _look(self) -> None:
-        """The timer of a streamed answer. It is not set anew for every piece, so it may come too early: then it is set again."""
         self._timer = None
-        if self._more is None:
+        if self._more is None and (self._waiter is None or self._waiter.done()):
             return
         if self._loop.time() >= self._expires:
             self._expire()
@@ -272,6 +280,9 @@ class _Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Closes the socket at once."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if not self.closed:
             self.closed = True
             self._pool.forget(self)

@@ -18,7 +18,6 @@ from services.execution.targets import Targets
 from sluice.execution.v1 import execution_service_pb2 as pb2
 from sluice.inference.v1 import receipt_pb2
 from sluice.metering.v1 import metering_service_pb2
-from sluice.routing.v1 import routing_service_pb2
 from tests.unit.execution.examples import SECRET, billing, candidate, conversation
 from tests.unit.execution.upstream import PATIENCE, Script, Upstream, pool_to, upstream
 
@@ -40,7 +39,7 @@ class World:
         self.clock = Clock()
         self.targets = Targets(Figures(), self.clock)
         self.ledger: list[metering_service_pb2.Settlement] = []
-        self.reports: list[routing_service_pb2.AttemptReport] = []
+        self.reports: list[receipt_pb2.Attempt] = []
         self.servers: dict[str, Upstream] = {}
         self.spool = Spool(directory, self._post, group_seconds=0.0005, segment_bytes=1 << 20, most_bytes=1 << 24)
         self.spool.open(metering_service_pb2.Settlement.FromString, lost)
