@@ -31,6 +31,10 @@ from services.runtime.settings import SERVICES
 HTTP_PORT: Final = 8080
 GRPC_PORT: Final = 50051
 _START_SECONDS: Final = 60.0
+_MALLOC: Final = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=4:glibc.malloc.trim_threshold=268435456:glibc.malloc.top_pad=16777216"
+)
+"""Messages live in the C heap: large pages, and not giving every freed page back at once, save some 5 % of the CPU of a request."""
 _STOP_SECONDS: Final = 11.0
 """A service's own share of the 15 s in which `up` promises to be gone; NATS gets what is left."""
 _NATS_STOP_SECONDS: Final = 3.0
@@ -200,7 +204,7 @@ def plan(options: Options) -> Plan:
         return Spec(
             name=name,
             command=(sys.executable, "-m", module, "--config", str(config)),
-            environment={"PYTHONUNBUFFERED": "1"},
+            environment={"PYTHONUNBUFFERED": "1", "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", _MALLOC)},
             log=state / "logs" / f"{name}.log",
             stop_seconds=_STOP_SECONDS,
             stop_order=order,

@@ -17,19 +17,19 @@ _MESSAGE_TOKENS: Final = 8
 _ERROR_BOUND: Final = 3.0
 
 
-def frame_tokens(shape: Shape) -> int:
-    """Tokens that come from no text: frames of turns, and pictures."""
-    return shape.message_count * _MESSAGE_TOKENS + shape.image_count * _IMAGE_TOKENS
-
-
 def estimated_tokens(shape: Shape) -> int:
     """Tokens of a prompt by its size."""
-    return -(-shape.text_bytes() // 4) + frame_tokens(shape)
+    # Written out, as is the next: both are asked for by every request.
+    return (
+        -((shape.image_bytes - shape.byte_count) // 4)
+        + shape.message_count * _MESSAGE_TOKENS
+        + shape.image_count * _IMAGE_TOKENS
+    )
 
 
 def byte_bound(shape: Shape) -> int:
     """Most tokens that a prompt can have at any provider."""
-    return shape.text_bytes() + frame_tokens(shape)
+    return shape.byte_count - shape.image_bytes + shape.message_count * _MESSAGE_TOKENS + shape.image_count * _IMAGE_TOKENS
 
 
 def estimated_count(shape: Shape) -> receipt_pb2.TokenCount:

@@ -35,9 +35,8 @@ _THOUGHT: Final = _written(
     "prove", "proof", "derive", "theorem", "solve", "puzzle", "calculate", "compare", "deduce", "reasoning", "lemma", "infer",
     "trade-off", "step-by-step", "probability", "optimal",
 )  # fmt: skip
-_THOUGHT_PHRASES: Final = ("step by step", "how many", "explain why", "think about", "make a plan", "pros and cons")
+_WORDS: Final = _KEYWORDS | _CODE_WORDS | _THOUGHT
 _FORMULA: Final = re.compile(r"\d ?[-+*/^=<>] ?\d|[a-z] ?= ?[-\da-z]|[∑∫√≤≥≠∀∃]|\\frac|\$\$")
-_FORMULA_SIGNS: Final = ("=", "+", "*", "^", "<", "\\frac", "$$")
 _CONDITIONS: Final = re.compile(r"(?:^|\n)[ \t]{0,8}\(?[1-9][.)][ \t].*\n[ \t]{0,8}\(?[1-9][.)][ \t]")
 
 
@@ -50,19 +49,38 @@ def signals(text: str) -> tuple[int, int]:
         half = _WINDOW // 2
         text = text[:half] + "\n" + text[-half:]
     text = text.lower()
-    words = set(text.split())
+    # One pass over the words for all three sets; of most prompts nothing is left to look at.
+    words = _WORDS.intersection(text.split())
     code = 0
     lines = "\n" in text
     if "```" in text or (lines and _has_one(text, _TRACES)):
         code = 1
-    if not words.isdisjoint(_CODE_WORDS) or len(words & _KEYWORDS) >= 3:
+    if words and (not words.isdisjoint(_CODE_WORDS) or len(words & _KEYWORDS) >= 3):
         code += 1
     if "." in text and _has_file_name(text):
         code += 1
     thought = 0
-    if not words.isdisjoint(_THOUGHT) or _has_one(text, _THOUGHT_PHRASES):
+    # The searches are written out: a loop over a tuple of signs costs as much as the searches themselves.
+    if (
+        (words and not words.isdisjoint(_THOUGHT))
+        or "step by step" in text
+        or "how many" in text
+        or "explain why" in text
+        or "think about" in text
+        or "make a plan" in text
+        or "pros and cons" in text
+    ):
         thought = 1
-    if (not text.isascii() or _has_one(text, _FORMULA_SIGNS)) and _FORMULA.search(text) is not None:
+    if (
+        "=" in text
+        or "+" in text
+        or "*" in text
+        or "^" in text
+        or "<" in text
+        or "$$" in text
+        or "\\frac" in text
+        or not text.isascii()
+    ) and _FORMULA.search(text) is not None:
         thought += 1
     if lines and _CONDITIONS.search(text) is not None:
         thought += 1

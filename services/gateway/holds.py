@@ -52,9 +52,12 @@ class Payable(Protocol):
 Candidate = TypeVar("Candidate", bound=Payable)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prompt:
-    """What is known of a prompt and of the answer that is wished."""
+    """What is known of a prompt and of the answer that is wished.
+
+    Nobody changes it. It isn't frozen since every request makes one, and freezing more than doubles what that costs.
+    """
 
     token_count: int
     error_bound: float
@@ -91,9 +94,9 @@ class Prompt:
         return input_tokens, output_tokens or self.default_output
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reckoning:
-    """What a plan may cost."""
+    """What a plan may cost. Not frozen for the same reason as Prompt."""
 
     worst: int
     """Most that one attempt costs at any candidate."""

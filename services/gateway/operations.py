@@ -32,6 +32,8 @@ class OperationIds:
         self._process = "".join(_PAIRS[random >> shift & 1023] for shift in (40, 30, 20, 10, 0))
         self._count = secrets.randbits(29)
         self._millisecond = -1
+        self._second = -1
+        self._high = ""
         self._prefix = ""
 
     def create(self) -> str:
@@ -40,7 +42,12 @@ class OperationIds:
         if millisecond > self._millisecond:
             # A clock set back must not break the order: the last prefix stays until time has caught up.
             self._millisecond = millisecond
-            self._prefix = "".join(_PAIRS[millisecond >> shift & 1023] for shift in (40, 30, 20, 10, 0)) + self._process
+            second = millisecond >> 10
+            if second != self._second:
+                # Under load there is a new prefix for every request: only its last pair is made anew, the rest once a second.
+                self._second = second
+                self._high = "".join(_PAIRS[second >> shift & 1023] for shift in (30, 20, 10, 0))
+            self._prefix = self._high + _PAIRS[millisecond & 1023] + self._process
         self._count = count = (self._count + 1) & _COUNTER_MASK
         return self._prefix + _PAIRS[count >> 20] + _PAIRS[count >> 10 & 1023] + _PAIRS[count & 1023]
 

@@ -122,8 +122,15 @@ class _Link:
             began = self._loop.time()
             try:
                 await self._session()
-            # InvalidStateError: the writer found the call over before the reader did. Any of these ends a session, none the link.
-            except (Failure, grpc.RpcError, TimeoutError, OSError, asyncio.InvalidStateError) as error:
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # Not ours: gRPC raises it where a call was cancelled from within.
+                log.warning("link lost", service=self._service, endpoint=self.endpoint, reason="cancelled by gRPC")
+            # Whatever ends a session mustn't end the link: without it every call fails until the process is started again. gRPC raises
+            # InvalidStateError, for one, where the writer finds the call over before the reader does.
+            except Exception as error:  # noqa: BLE001
                 failure = error if isinstance(error, Failure) else None
                 if isinstance(error, grpc.aio.AioRpcError):
                     failure = failure_from_rpc(error, self._service)
@@ -298,7 +305,7 @@ class LinkChannel:
                     _, task = self._links.pop(address)
                     task.cancel()
                 for address in addresses:
-                    if address not in self._links:
+                    if address not in self._links or self._links[address][1].done():
                         link = _Link(self._service, address, self._identity, self._options, self._changed)
                         self._links[address] = (link, asyncio.create_task(link.run(self._log), name=f"link to {address}"))
                 self._changed()

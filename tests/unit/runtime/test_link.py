@@ -9,7 +9,7 @@ import pytest
 
 from services.runtime.errors import Failure, Reason
 from services.runtime.frames import FIRST_CREDITS
-from services.runtime.link import LinkChannel
+from services.runtime.link import LinkChannel, _Link
 from sluice.jobs.v1.job_service_pb2 import RedriveJobRequest, WatchJobRequest
 from sluice.jobs.v1.job_service_pb2_grpc import JobServiceStub
 from sluice.tokenization.v1.tokenization_service_pb2 import CalibrateRequest, CountTextsRequest, FitRequest
@@ -209,3 +209,25 @@ async def test_leaving_the_channel_ends_open_calls() -> None:
             await eventually(lambda: running.script.calls)
         with pytest.raises(Failure):
             await call
+
+
+@pytest.mark.parametrize(
+    "error", [asyncio.InvalidStateError("RPC already finished"), RuntimeError("a fault of gRPC"), asyncio.CancelledError()]
+)
+async def test_whatever_ends_a_session_the_link_is_dialled_again(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """gRPC's writer raises InvalidStateError where it finds the call over; a link that died of it was gone until a restart."""
+    session = _Link._session
+    begun = 0
+
+    async def fails_once(link: _Link) -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            raise error
+        await session(link)
+
+    monkeypatch.setattr(_Link, "_session", fails_once)
+    async with serve() as running, links(running.address) as channel:
+        await eventually(lambda: channel.ready_endpoints)
+        await tokens(channel).CountTexts(CountTextsRequest(model="x", texts=["t"]), timeout=5)
+    assert begun >= 2
