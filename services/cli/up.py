@@ -187,7 +187,7 @@ def plan(options: Options) -> Plan:
 
     def spec(name: str, module: str, overrides: Mapping[str, Any], http_port: int, order: int) -> Spec:
         sections = copy.deepcopy(given)
-        sections["mesh"] = {**given_mesh, **common, **overrides}
+        sections["mesh"] = {**given_mesh, **common, "replica": name, **overrides}
         metering = sections.setdefault("metering", {}) or {}
         metering.setdefault("bootstrap_key", secrets.key)
         sections["metering"] = metering

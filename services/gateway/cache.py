@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NamedTuple
-
-from google.protobuf.duration_pb2 import Duration
+from time import monotonic_ns
+from typing import TYPE_CHECKING, Final
 
 from services.gateway.breakers import Breaker
 from services.gateway.principals import Principal
-from services.gateway.receipts import Facts, timestamp
+from services.gateway.receipts import Facts
 from services.runtime.call import Metadata
 from services.runtime.errors import Failure
 from sluice.caching.v1 import caching_service_pb2
@@ -41,30 +40,42 @@ class CacheClient:
         self._breaker = Breaker()
 
     async def look_up(self, facts: Facts, policy_version: str, time_left: float, forward: Metadata) -> bool:
-        """Whether the cache answers; the verdict is in `facts` either way. Raises nothing: without the cache the request goes on."""
-        request = facts.request
-        if not self._breaker.allows(self._clock()):
+        """Whether the cache answers; the verdict is in `facts` either way, and the answer if there is one. Raises nothing: without the
+        cache the request goes on.
+        """
+        breaker = self._breaker
+        if breaker.failure_count and not breaker.allows(self._clock()):
             facts.cache_status = receipt_pb2.CACHE_STATUS_UNAVAILABLE
             facts.cache_reason = "the cache didn't answer lately and is not asked for a moment"
             facts.degrade("caching: not asked, it didn't answer lately")
             return False
+        began = monotonic_ns()
         try:
             found = await self._lookup(
-                lookup_to_proto(facts.principal, request, policy_version),
+                lookup_to_proto(facts.principal, facts.request, policy_version),
                 timeout=min(self._lookup_seconds, time_left),
                 metadata=forward,
             )
         except Failure as failure:
-            self._breaker.failed(self._clock())
+            facts.lookup_ns = monotonic_ns() - began
+            breaker.failed(self._clock())
             facts.cache_status = receipt_pb2.CACHE_STATUS_UNAVAILABLE
             facts.cache_reason = f"the cache could not be asked: {failure.reason.value}"
             facts.degrade(f"caching: not asked, {failure.reason.value}")
             return False
-        self._breaker.succeeded()
+        facts.lookup_ns = monotonic_ns() - began
+        if breaker.failure_count:
+            breaker.succeeded()
         facts.lookup = found
         status: int = found.verdict.status
         facts.cache_status = status if status <= receipt_pb2.CACHE_STATUS_UNAVAILABLE else receipt_pb2.CACHE_STATUS_UNSPECIFIED
-        return status in HITS and found.HasField("answer")
+        if status not in HITS or not found.HasField("answer"):
+            return False
+        cached = found.answer
+        facts.is_hit = True
+        facts.answer = cached.answer
+        facts.saved = cached.cost_nano_usd
+        return True
 
 
 def lookup_to_proto(
@@ -81,50 +92,36 @@ def lookup_to_proto(
         lookup.wishes.CopyFrom(request.cache)
     if principal.cache_namespace and not lookup.wishes.cache_namespace:
         lookup.wishes.cache_namespace = principal.cache_namespace
-    if request.HasField("routing"):
-        model = request.routing.model
-        if model != "auto":
-            lookup.model = model
-    scope = routing_scope(principal, request)
-    if scope:
-        lookup.routing_scope = scope
-    return lookup
-
-
-def routing_scope(principal: Principal, request: inference_service_pb2.GenerateRequest) -> str:
-    """Wishes that may change which model answers, and directives to the echo provider, in canonical form; empty: none."""
-    parts = []
+    # The scope: wishes that may change which model answers, and directives to the echo provider, in canonical form.
+    scope = []
     if request.HasField("routing"):
         routing = request.routing
-        if routing.region:
-            parts.append(f"region={routing.region}")
+        model = routing.model
+        if model != "auto":
+            lookup.model = model
+        region = routing.region
+        if region:
+            scope.append(f"region={region}")
         if routing.HasField("allow_fallback"):
-            parts.append(f"allow_fallback={routing.allow_fallback}")
+            scope.append(f"allow_fallback={routing.allow_fallback}")
     if principal.allowed_models:
         # A key must not get from the cache what it may not get from a model.
-        parts.append("allowed=" + ",".join(principal.allowed_models))
-    if request.metadata:
-        parts.extend(f"{key}={request.metadata[key]}" for key in sorted(request.metadata) if key.startswith("echo."))
-    return "\n".join(parts)
+        scope.append("allowed=" + ",".join(principal.allowed_models))
+    metadata = request.metadata
+    if metadata:
+        scope.extend([f"{key}={metadata[key]}" for key in sorted(metadata) if key.startswith("echo.")])
+    if scope:
+        lookup.routing_scope = "\n".join(scope)
+    return lookup
 
 
 def may_store(facts: Facts, answer: answer_pb2.Answer) -> bool:
     """Whether an answer is complete, unfiltered and wanted in the cache. One that our own clamp cut short is not what was asked for."""
-    if facts.lookup is None or not facts.lookup.ticket or not answer.message.parts:
+    lookup = facts.lookup
+    if lookup is None or not lookup.ticket or not answer.message.parts:
         return False
     finish = answer.finish_reason
     return finish in _COMPLETE or (finish == answer_pb2.FINISH_REASON_LENGTH and facts.max_output == 0)
-
-
-class _Pending(NamedTuple):
-    tenant_id: str
-    ticket: bytes
-    answer: answer_pb2.Answer
-    cost: int
-    create_ns: int
-    operation_id: str
-    ttl: Duration | None
-    size: int
 
 
 class CacheWriter:
@@ -135,7 +132,8 @@ class CacheWriter:
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._call_seconds = call_seconds
-        self._queue: deque[_Pending] = deque()
+        self._queue: deque[tuple[caching_service_pb2.StoreRequest, int]] = deque()
+        """With the size of the answer in bytes."""
         self._bytes = 0
         self._work = asyncio.Event()
         self.dropped_count = 0
@@ -149,13 +147,20 @@ class CacheWriter:
             return
         lookup = facts.lookup
         assert lookup is not None, "an answer is stored under the ticket of its lookup"
+        # Field by field, and now rather than by the worker: an intermediate form would cost as much as the message.
+        store = caching_service_pb2.StoreRequest()
+        store.tenant_id = facts.principal.tenant_id
+        store.ticket = lookup.ticket
+        cached = store.answer
+        cached.answer.CopyFrom(answer)
+        cached.cost_nano_usd = facts.cost
+        cached.operation_id = facts.operation_id
+        moment = cached.create_time
+        moment.seconds, moment.nanos = divmod(facts.receive_ns, 1_000_000_000)
         request = facts.request
-        ttl = request.cache.ttl if request.HasField("cache") and request.cache.HasField("ttl") else None
-        self._queue.append(
-            _Pending(
-                facts.principal.tenant_id, lookup.ticket, answer, facts.cost, facts.receive_ns, facts.operation_id, ttl, size
-            )
-        )
+        if request.HasField("cache") and request.cache.HasField("ttl"):
+            store.ttl.CopyFrom(request.cache.ttl)
+        self._queue.append((store, size))
         self._bytes += size
         self._work.set()
 
@@ -169,19 +174,8 @@ class CacheWriter:
     async def flush(self) -> None:
         """Stores what is queued."""
         while self._queue:
-            pending = self._queue.popleft()
-            self._bytes -= pending.size
-            request = caching_service_pb2.StoreRequest(
-                tenant_id=pending.tenant_id,
-                ticket=pending.ticket,
-                answer=caching_service_pb2.CachedAnswer(
-                    answer=pending.answer,
-                    cost_nano_usd=pending.cost,
-                    create_time=timestamp(pending.create_ns),
-                    operation_id=pending.operation_id,
-                ),
-                ttl=pending.ttl,
-            )
+            request, size = self._queue.popleft()
+            self._bytes -= size
             try:
                 await self._store(request, timeout=self._call_seconds)
             except Failure:
@@ -197,7 +191,9 @@ class HitBook:
         self._batch_seconds = batch_seconds
         self._call_seconds = call_seconds
         self._hits: list[Facts] = []
-        self._settlements: deque[metering_service_pb2.Settlement] = deque()
+        self._batches: deque[metering_service_pb2.PostSettlementsRequest] = deque()
+        self._count = 0
+        """Settlements in the batches."""
         self._work = asyncio.Event()
         self.dropped_count = 0
 
@@ -227,33 +223,50 @@ class HitBook:
     async def flush(self) -> None:
         """Posts what is queued. Failure when metering doesn't take it; it stays queued."""
         self._write_up()
-        queue = self._settlements
-        while queue:
-            batch = [queue.popleft() for _ in range(min(_MAX_BATCH, len(queue)))]
+        batches = self._batches
+        while batches:
+            batch = batches.popleft()
+            count = len(batch.settlements)
+            self._count -= count
             try:
-                await self._post(metering_service_pb2.PostSettlementsRequest(settlements=batch), timeout=self._call_seconds)
+                await self._post(batch, timeout=self._call_seconds)
             except BaseException:
                 # Posting twice is harmless, losing isn't: whatever ended the call, the batch waits for the next.
-                queue.extendleft(reversed(batch))
+                batches.appendleft(batch)
+                self._count += count
                 raise
 
     def _write_up(self) -> None:
-        """Turns hits into settlements, so that requests and answers needn't be kept while metering is away."""
+        """Turns hits, of which there are at most `_MAX_BATCH`, into settlements, so that requests and answers needn't be kept while
+        metering is away.
+        """
         hits, self._hits = self._hits, []
-        self._settlements.extend(hit_to_proto(facts) for facts in hits)
-        while len(self._settlements) > self._max_count:
-            self._settlements.popleft()
-            self.dropped_count += 1
+        if hits:
+            batch = metering_service_pb2.PostSettlementsRequest()
+            # Filled where it stands: appending a settlement copies it.
+            add = batch.settlements.add
+            for facts in hits:
+                fill_settlement(add(), facts)
+            self._batches.append(batch)
+            self._count += len(hits)
+        while self._count > self._max_count:
+            oldest = self._batches.popleft()
+            size = len(oldest.settlements)
+            excess = min(self._count - self._max_count, size)
+            if excess < size:
+                # A new message: the old one may have been handed to a call already.
+                self._batches.appendleft(metering_service_pb2.PostSettlementsRequest(settlements=oldest.settlements[excess:]))
+            self._count -= excess
+            self.dropped_count += excess
 
 
-def hit_to_proto(facts: Facts) -> metering_service_pb2.Settlement:
-    """The settlement of an answer from the cache."""
+def fill_settlement(settlement: metering_service_pb2.Settlement, facts: Facts) -> None:
+    """Fills the settlement of an answer from the cache."""
     principal = facts.principal
     lookup = facts.lookup
     assert lookup is not None, "a hit has a lookup"
     answer = lookup.answer.answer
     # Field by field: the constructor takes twice as long, and every hit makes one.
-    settlement = metering_service_pb2.Settlement()
     settlement.attempt_id = f"{facts.operation_id}/cache"
     settlement.operation_id = facts.operation_id
     settlement.tenant_id = principal.tenant_id
@@ -263,11 +276,12 @@ def hit_to_proto(facts: Facts) -> metering_service_pb2.Settlement:
     settlement.model = answer.model
     settlement.provider = "cache"
     settlement.usage.CopyFrom(answer.usage)
-    settlement.start_time.seconds, settlement.start_time.nanos = divmod(facts.receive_ns, 1_000_000_000)
-    settlement.duration.seconds, settlement.duration.nanos = divmod(max(0, facts.end_ns - facts.start), 1_000_000_000)
+    moment = settlement.start_time
+    moment.seconds, moment.nanos = divmod(facts.receive_ns, 1_000_000_000)
+    span = settlement.duration
+    span.seconds, span.nanos = divmod(max(0, facts.end_ns - facts.start), 1_000_000_000)
     settlement.outcome = receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED
     settlement.task_type = facts.request.task_type
     settlement.saved_nano_usd = facts.saved
     settlement.cache_status = receipt_pb2.CacheStatus.ValueType(facts.cache_status)
     settlement.attempt_number = 1
-    return settlement

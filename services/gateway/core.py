@@ -23,14 +23,14 @@ from services.gateway.cache import CacheClient, CacheWriter, HitBook, may_store
 from services.gateway.estimates import byte_bound, estimated_count, estimated_tokens
 from services.gateway.executions import deltas_of, embed_to_proto, fill_request, settled_cost
 from services.gateway.features import signals
-from services.gateway.holds import Prompt, clamp, reckon, worst_cost
+from services.gateway.holds import Prompt, Reckoning, clamp, reckon, worst_cost
 from services.gateway.identities import Identities
 from services.gateway.journal import Journal
-from services.gateway.leases import Leases
+from services.gateway.leases import Lease, Leases
 from services.gateway.needs import find_needs
 from services.gateway.operations import OperationIds, Requests
 from services.gateway.outcomes import Outcomes, Report
-from services.gateway.plans import Plan, PlanKey, Plans, round_up
+from services.gateway.plans import Plan, PlanFields, PlanKey, Plans, round_up
 from services.gateway.ports import Metering
 from services.gateway.principals import Principal
 from services.gateway.receipts import Completion, Facts, receipt_to_proto
@@ -272,7 +272,7 @@ class Core:
         facts.shape = shape = validation.check_generate(wanted, self._limits.max_request_bytes)
         await self._plan(facts, shape, deadline, forward, streaming=False)
         version = facts.plan.response.policy_version if facts.plan is not None else ""
-        await self._look_up(facts, version, deadline, forward)
+        await self._cache.look_up(facts, version, self._left(deadline, 1e9, "the cache"), forward)
         if facts.candidates:
             await self._count_and_fit(facts, shape, deadline, forward)
             facts.hold = reckon(facts.candidates, self._prompt(facts)).worst
@@ -392,7 +392,7 @@ class Core:
             self._require(principal, "inference")
         request = facts.request
         facts.shape = shape = validation.check_generate(request, self._limits.max_request_bytes)
-        tokens = shape.text_bytes() // 4 + 1
+        tokens = (shape.byte_count - shape.image_bytes) // 4 + 1
         lease = self._leases.admit(principal.key_id, tokens)
         if lease is None:
             lease = await self._leases.admit_waiting(
@@ -410,47 +410,45 @@ class Core:
                 # The first request of the process: the version is a part of every cache key.
                 await self._plan(facts, shape, deadline, forward, streaming=streaming)
                 version = self._plans.policy_version
-            if await self._look_up(facts, version, deadline, forward):
+            if await self._cache.look_up(facts, version, self._left(deadline, 1e9, "the cache"), forward):
                 return True
             if facts.plan is None:
-                await self._plan(facts, shape, deadline, forward, streaming=streaming)
+                # As in `_plan`, but no coroutine is made where the plan is at hand.
+                key = self._plan_key(facts, shape, streaming, 0)
+                plan = self._plans.get(key)
+                if plan is None:
+                    plan = await self._fetch_plan(facts, key, deadline, forward)
+                facts.plan = plan
+                facts.candidates = plan.candidates
         if not facts.candidates:
             await self._plan_exactly(facts, shape, deadline, forward, streaming=streaming)
         await self._count_and_fit(facts, shape, deadline, forward)
-        await self._hold(facts, deadline)
+        waiting = self._hold(facts, shape, deadline)
+        if waiting is not None:
+            await waiting
         return False
-
-    async def _look_up(self, facts: Facts, version: str, deadline: float, forward: Metadata) -> bool:
-        began = time.monotonic_ns()
-        left = deadline - self._clock()
-        if left <= 0:
-            raise deadline_exceeded("the cache")
-        hit = await self._cache.look_up(facts, version, left, forward)
-        facts.lookup_ns = time.monotonic_ns() - began
-        if hit:
-            lookup = facts.lookup
-            assert lookup is not None, "a hit has a lookup"
-            facts.is_hit = True
-            facts.answer = lookup.answer.answer
-            facts.saved = lookup.answer.cost_nano_usd
-        return hit
 
     async def _plan(
         self, facts: Facts, shape: Shape, deadline: float, forward: Metadata, *, streaming: bool, input_bound: int = 0
     ) -> Plan:
-        key = self._plan_key(facts, shape, streaming=streaming, input_bound=input_bound)
+        key = self._plan_key(facts, shape, streaming, input_bound)
         plan = self._plans.get(key)
         if plan is None:
-            plan, is_old = await self._plans.fetch(key, self._left(deadline, self._limits.plan, "routing"), forward)
-            if is_old:
-                facts.degrade("routing: last good plan, service unavailable")
+            plan = await self._fetch_plan(facts, key, deadline, forward)
         facts.plan = plan
         facts.candidates = plan.candidates
         return plan
 
-    def _plan_key(self, facts: Facts, shape: Shape, *, streaming: bool, input_bound: int) -> PlanKey:
+    async def _fetch_plan(self, facts: Facts, key: PlanFields, deadline: float, forward: Metadata) -> Plan:
+        left = self._left(deadline, self._limits.plan, "routing")
+        plan, is_old = await self._plans.fetch(PlanKey(*key), left, forward)
+        if is_old:
+            facts.degrade("routing: last good plan, service unavailable")
+        return plan
+
+    def _plan_key(self, facts: Facts, shape: Shape, streaming: bool, input_bound: int) -> PlanFields:
+        """The fields of the request's PlanKey in order. A plain tuple equals the key, and mostly the plan is at hand."""
         request = facts.request
-        conversation = request.conversation
         principal = facts.principal
         task_type: int = request.task_type
         code = reasoning = 0
@@ -460,8 +458,8 @@ class Core:
         allow_fallback: bool | None = None
         max_cost = latency = 0
         bucket = -1
-        if request.HasField("routing"):
-            routing = request.routing
+        routing = shape.routing
+        if routing is not None:
             model = routing.model
             if model == "auto":
                 model = ""
@@ -473,13 +471,14 @@ class Core:
                 max_cost = max(1, routing.max_cost_nano_usd)
             if routing.HasField("max_latency"):
                 latency = routing.max_latency.ToNanoseconds()
-            if routing.affinity_key:
-                bucket = zlib.crc32(routing.affinity_key.encode()) & 63
-        return PlanKey(
+            affinity_key = routing.affinity_key
+            if affinity_key:
+                bucket = zlib.crc32(affinity_key.encode()) & 63
+        return (
             principal.tenant_id,
             model,
             task_type,
-            find_needs(conversation, shape, streaming=streaming),
+            find_needs(request.conversation, shape, streaming=streaming),
             region,
             allow_fallback,
             principal.allowed_models,
@@ -487,7 +486,7 @@ class Core:
             code,
             reasoning,
             input_bound or round_up(estimated_tokens(shape)),
-            conversation.max_output_tokens,
+            shape.max_output_tokens,
             max_cost,
             latency,
             bucket,
@@ -529,14 +528,13 @@ class Core:
     async def _count_and_fit(self, facts: Facts, shape: Shape, deadline: float, forward: Metadata) -> None:
         """Counts the prompt for the first candidate and drops candidates into whose window it doesn't fit."""
         candidates = facts.candidates
-        conversation = facts.request.conversation
         count = facts.input_count
         if count is None:
-            count, degraded = await self._count(candidates[0].model, conversation, shape, deadline, forward)
+            count, degraded = await self._count(candidates[0].model, facts.request.conversation, shape, deadline, forward)
             if degraded:
                 facts.degrade(degraded)
             facts.input_count = count
-        needed = count.token_count + max(1, conversation.max_output_tokens)
+        needed = count.token_count + (shape.max_output_tokens or 1)
         for candidate in candidates:
             if 0 < candidate.context_window < needed:
                 break
@@ -563,7 +561,8 @@ class Core:
     ) -> tuple[receipt_pb2.TokenCount, str]:
         """The count of a prompt, and how it was degraded; empty: it wasn't."""
         now = self._clock()
-        if self._count_breaker.allows(now):
+        breaker = self._count_breaker
+        if not breaker.failure_count or breaker.allows(now):
             left = deadline - now
             if left <= 0:
                 raise deadline_exceeded("tokenization")
@@ -573,10 +572,11 @@ class Core:
             request.conversation.CopyFrom(conversation)
             try:
                 response = await self._count_call(request, timeout=min(left, budget), metadata=forward)
-                self._count_breaker.succeeded()
+                if breaker.failure_count:
+                    breaker.succeeded()
                 return response.counts[0], ""
             except Failure as failure:
-                self._count_breaker.failed(self._clock())
+                breaker.failed(self._clock())
                 reason = failure.reason.value
         else:
             reason = "it didn't answer lately"
@@ -593,32 +593,43 @@ class Core:
             count.error_bound,
             byte_bound(shape),
             shape.image_count,
-            facts.request.conversation.max_output_tokens,
+            shape.max_output_tokens,
             self._limits.default_max_output_tokens,
             self._limits.min_output_tokens,
         )
 
-    async def _hold(self, facts: Facts, deadline: float) -> None:
-        """Reserves the worst case over the candidates, or as much of it as is left and of use, and clamps the answer to that."""
-        request, plan, lease = facts.request, facts.plan, facts.lease
+    def _hold(self, facts: Facts, shape: Shape, deadline: float) -> Coroutine[Any, Any, None] | None:
+        """Reserves the worst case over the candidates, or as much of it as is left and of use, and clamps the answer to that.
+
+        None: it is done, the lease had enough; else what to await.
+        """
+        plan, lease = facts.plan, facts.lease
         assert plan is not None, "planned before"
         assert lease is not None, "admitted before"
-        if plan.has_unbounded and not request.conversation.max_output_tokens:
+        if plan.has_unbounded and not shape.max_output_tokens:
             facts.max_output = self._limits.default_max_output_tokens
         prompt = self._prompt(facts)
         reckoning = reckon(facts.candidates, prompt)
         wanted = worst = reckoning.worst
         if worst == 0:
-            return
-        if request.HasField("routing"):
-            routing = request.routing
-            if routing.HasField("max_cost_nano_usd") and routing.max_cost_nano_usd < wanted:
-                wanted = routing.max_cost_nano_usd
-                if wanted < reckoning.least:
-                    raise cost_limit(wanted, reckoning.least)
-        facts.budget_before = lease.budget_left()
+            return None
+        routing = shape.routing
+        if routing is not None and routing.HasField("max_cost_nano_usd") and routing.max_cost_nano_usd < wanted:
+            wanted = routing.max_cost_nano_usd
+            if wanted < reckoning.least:
+                raise cost_limit(wanted, reckoning.least)
         if lease.budget is not None:
+            facts.budget_before = lease.budget_left()
             facts.budget_level = lease.budget.level
+        if wanted == worst and self._leases.take(lease, worst):
+            facts.hold = worst
+            facts.generation = lease.generation
+            return None
+        return self._hold_waiting(facts, lease, prompt, reckoning, wanted, deadline)
+
+    async def _hold_waiting(
+        self, facts: Facts, lease: Lease, prompt: Prompt, reckoning: Reckoning, wanted: int, deadline: float
+    ) -> None:
         if wanted and (
             self._leases.take(lease, wanted)
             or await self._leases.take_waiting(lease, wanted, self._left(deadline, self._limits.lease, "metering"))
@@ -627,7 +638,7 @@ class Core:
             facts.generation = lease.generation
         elif wanted:
             await self._hold_alone(facts, wanted, reckoning.least, deadline)
-        if facts.hold < worst:
+        if facts.hold < reckoning.worst:
             covered = clamp(facts.candidates, prompt, facts.hold)
             if not covered.candidates:
                 held = facts.hold
@@ -763,7 +774,8 @@ class Core:
             if not facts.is_hit:
                 used = facts.taken_tokens
                 if answer is not None:
-                    used = answer.usage.input_token_count + answer.usage.output_token_count
+                    usage = answer.usage
+                    used = usage.input_token_count + usage.output_token_count
             self._leases.leave(lease, used - facts.taken_tokens)
         self._under_way -= 1
         if self._under_way == 0:

@@ -41,10 +41,12 @@ def fill_request(
     else:
         request.candidates.extend([candidate.message for candidate in facts.candidates])
     fill_billing(request.billing, facts)
-    if wanted.metadata:
-        request.metadata.MergeFrom(wanted.metadata)
-    if wanted.end_user:
-        request.end_user_hash = end_user_hash(facts.principal, wanted.end_user)
+    metadata = wanted.metadata
+    if metadata:
+        request.metadata.MergeFrom(metadata)
+    end_user = wanted.end_user
+    if end_user:
+        request.end_user_hash = end_user_hash(facts.principal, end_user)
     request.input_count.CopyFrom(facts.input_count)
 
 
@@ -72,7 +74,7 @@ def fill_billing(billing: execution_service_pb2.Billing, facts: Facts) -> None:
     billing.project_id = principal.project_id
     billing.key_id = principal.key_id
     billing.hold_nano_usd = facts.hold
-    billing.task_type = plan.response.task_type
+    billing.task_type = plan.task_type
     if facts.hold_id:
         billing.hold_id = facts.hold_id
     else:

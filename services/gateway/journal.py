@@ -79,10 +79,10 @@ def line_of(facts: Facts, model: str, outcome: str) -> dict[str, Any]:
         usage = answer.usage
         line["input_tokens"] = usage.input_token_count
         line["output_tokens"] = usage.output_token_count
-    if facts.plan is not None:
-        response = facts.plan.response
-        line["policy"] = response.policy
-        line["policy_version"] = response.policy_version
+    plan = facts.plan
+    if plan is not None:
+        line["policy"] = plan.policy
+        line["policy_version"] = plan.policy_version
     if facts.degradations is not None:
         line["degradations"] = facts.degradations
     return line

@@ -310,7 +310,8 @@ class Leases:
             size = str(limit.limit) if limit is not None else str(lease.concurrency)
             raise Failure(
                 Reason.CONCURRENCY_LIMITED,
-                f"{size} requests of this {level} run at once already; retry when one of them has ended",
+                f"the {size} requests that this {level} may run at once are running, or set aside for its other keys and gateways; "
+                "retry when one has ended",
                 metadata={"limit": size, "level": level},
                 retry_delay=1.0,
             )
@@ -354,9 +355,8 @@ class Leases:
             # Room for several of the largest holds seen, so that long answers don't ask every time.
             slice_size = max(sizes.nano_usd, 8 * lease.largest_hold)
             money = max(slice_size - lease.money, needed_money - lease.money, 0)
-        concurrency = sizes.concurrency
-        if lease.in_flight >= lease.concurrency:
-            concurrency = max(concurrency, 2 * lease.in_flight)
+        # No more than is likely to be used: other keys and other replicas want a part of the tenant's limit, too.
+        concurrency = max(sizes.concurrency, 2 * lease.in_flight)
         request_count = _slice(sizes.request_count, lease.factor, lease.request_limit)
         token_count = _slice(sizes.token_count, lease.factor, lease.token_limit)
         return LeaseWish(

@@ -36,6 +36,8 @@ _CHAT_STREAMING: Final = ("chat", "streaming")
 
 def find_needs(conversation: conversation_pb2.Conversation, shape: Shape, *, streaming: bool) -> tuple[str, ...]:
     """What a candidate must be able to do, sorted."""
+    if shape.is_plain and not shape.image_count:
+        return _CHAT_STREAMING if streaming else _CHAT
     needs: list[str] = []
     if shape.tool_count:
         needs.append("tools")

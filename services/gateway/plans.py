@@ -8,7 +8,7 @@ again here anyway.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -25,6 +25,12 @@ from sluice.routing.v1 import routing_service_pb2
 
 _OUTAGES: Final = frozenset((Reason.DEPENDENCY_UNAVAILABLE, Reason.DEADLINE_EXCEEDED, Reason.OVERLOADED, Reason.DRAINING))
 _MAX_STALE_SECONDS: Final = 3600.0
+
+
+PlanFields = tuple[
+    str, str, int, tuple[str, ...], str, bool | None, tuple[str, ...], bool, int, int, int, int, int, int, int
+]  # fmt: skip
+"""The fields of a PlanKey in order."""
 
 
 class PlanKey(NamedTuple):
@@ -68,12 +74,16 @@ class PlannedCandidate:
 class Plan:
     """A plan of routing."""
 
-    __slots__ = ("candidates", "fresh_until", "has_unbounded", "messages", "response")
+    __slots__ = ("candidates", "fresh_until", "has_unbounded", "messages", "policy", "policy_version", "response", "task_type")
 
     def __init__(
         self, response: routing_service_pb2.PlanResponse, candidates: tuple[PlannedCandidate, ...], fresh_until: float
     ) -> None:
         self.response = response
+        # Once per plan instead of once per request.
+        self.policy = response.policy
+        self.policy_version = response.policy_version
+        self.task_type = response.task_type
         self.candidates = candidates
         self.messages = tuple(candidate.message for candidate in candidates)
         self.has_unbounded = any(not (candidate.max_output_tokens or candidate.context_window) for candidate in candidates)
@@ -93,15 +103,15 @@ class Plans:
         self._clock = clock
         self._call_seconds = call_seconds
         self._max_count = max_count
-        self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
         self._last_good: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
         self._flights: Flights[PlanKey, Plan] = Flights("a plan from routing")
         self._breaker = Breaker()
         self.policy_version = ""
         """Of the latest plan; empty: none was made yet."""
 
-    def get(self, key: PlanKey) -> Plan | None:
-        """A plan that is fresh."""
+    def get(self, key: PlanFields) -> Plan | None:
+        """A plan that is fresh. `key` is a PlanKey, or its plain fields: making the one of the other costs more than this."""
         plan = self._plans.get(key)
         if plan is None or self._clock() >= plan.fresh_until:
             return None
@@ -224,10 +234,8 @@ def _may_use(key: PlanKey, model: str, policy: str) -> bool:
     return not allowed or model in allowed or key.model in allowed or policy in allowed or f"policy/{policy}" in allowed
 
 
-def _remember(
-    table: OrderedDict[PlanKey, Plan] | OrderedDict[tuple[object, ...], Plan], key: Sequence[object], plan: Plan, limit: int
-) -> None:
-    table.pop(key, None)  # type: ignore[call-overload]  # Both tables are keyed by tuples; only the types differ.
-    table[key] = plan  # type: ignore[index]  # As above.
+def _remember(table: OrderedDict[tuple[object, ...], Plan], key: tuple[object, ...], plan: Plan, limit: int) -> None:
+    table.pop(key, None)
+    table[key] = plan
     if len(table) > limit:
         table.popitem(last=False)

@@ -38,7 +38,10 @@ _DEVELOPER: Final = conversation_pb2.ROLE_DEVELOPER
 class Shape:
     """What was seen of a conversation while it was checked."""
 
-    __slots__ = ("byte_count", "image_bytes", "image_count", "last_user_text", "message_count", "tool_count")
+    __slots__ = (
+        "byte_count", "image_bytes", "image_count", "is_plain", "last_user_text", "max_output_tokens", "message_count", "routing",
+        "tool_count",
+    )  # fmt: skip
 
     def __init__(self, byte_count: int) -> None:
         self.byte_count = byte_count
@@ -48,6 +51,12 @@ class Shape:
         self.message_count = 0
         self.tool_count = 0
         self.last_user_text = ""
+        self.is_plain = False
+        """The conversation has turns and nothing else."""
+        self.max_output_tokens = 0
+        """As the conversation says; 0: it doesn't."""
+        self.routing: inference_service_pb2.RoutingWishes | None = None
+        """As the request says; None: it doesn't."""
 
     def text_bytes(self) -> int:
         """Most bytes that its texts have; no tokenizer that works on bytes makes more tokens than that, its template's aside."""
@@ -58,11 +67,13 @@ def check_generate(request: inference_service_pb2.GenerateRequest, max_bytes: in
     """Checks a whole request. Failure REQUEST_INVALID, REQUEST_TOO_LARGE."""
     if not request.HasField("conversation"):
         raise invalid("conversation", "is required")
-    if request.request_id:
-        check_request_id(request.request_id)
+    request_id = request.request_id
+    if request_id:
+        check_request_id(request_id)
     shape = check_conversation(request.conversation, max_bytes)
     if request.HasField("routing"):
-        _check_routing(request.routing)
+        shape.routing = routing = request.routing
+        _check_routing(routing)
     if request.HasField("cache"):
         _check_cache(request.cache)
     if not 0 <= request.task_type <= receipt_pb2.TASK_TYPE_VISION:
@@ -115,6 +126,8 @@ def check_conversation(conversation: conversation_pb2.Conversation, max_bytes: i
     byte_count = conversation.ByteSize()
     if byte_count > max_bytes:
         raise _too_large(byte_count, max_bytes)
+    # What is set, in one call: where it is the turns alone, nothing else needs to be asked for.
+    fields = conversation.ListFields()
     messages = conversation.messages
     count = len(messages)
     if not 1 <= count <= _MAX_MESSAGES:
@@ -123,6 +136,9 @@ def check_conversation(conversation: conversation_pb2.Conversation, max_bytes: i
     shape.message_count = count
     for index, message in enumerate(messages):
         _check_message(message, index, shape)
+    if len(fields) == 1:
+        shape.is_plain = True
+        return shape
     if conversation.tools:
         _check_tools(conversation, shape)
     if conversation.HasField("tool_choice"):
@@ -131,8 +147,10 @@ def check_conversation(conversation: conversation_pb2.Conversation, max_bytes: i
         _check_response_format(conversation.response_format)
     if conversation.HasField("sampling"):
         _check_sampling(conversation.sampling)
-    if conversation.HasField("max_output_tokens") and not 1 <= conversation.max_output_tokens <= _MAX_OUTPUT_TOKENS:
-        raise invalid("conversation.max_output_tokens", f"must be 1 to 1,000,000, is {conversation.max_output_tokens}")
+    if conversation.HasField("max_output_tokens"):
+        shape.max_output_tokens = limit = conversation.max_output_tokens
+        if not 1 <= limit <= _MAX_OUTPUT_TOKENS:
+            raise invalid("conversation.max_output_tokens", f"must be 1 to 1,000,000, is {limit}")
     stops = conversation.stop_sequences
     if stops:
         if len(stops) > 8:
@@ -320,14 +338,19 @@ def _check_sampling(sampling: conversation_pb2.Sampling) -> None:
 
 
 def _check_routing(routing: inference_service_pb2.RoutingWishes) -> None:
-    if routing.model:
-        _bounded(routing.model, 128, "routing.model")
+    model = routing.model
+    if len(model) > 32:
+        _bounded(model, 128, "routing.model")
     if routing.HasField("max_cost_nano_usd") and routing.max_cost_nano_usd < 0:
         raise invalid("routing.max_cost_nano_usd", f"must be 0 or more, is {routing.max_cost_nano_usd}")
     if routing.HasField("max_latency"):
         _check_duration(routing.max_latency, "routing.max_latency")
-    _bounded(routing.region, 32, "routing.region")
-    _bounded(routing.affinity_key, 128, "routing.affinity_key")
+    region = routing.region
+    if region:
+        _bounded(region, 32, "routing.region")
+    affinity_key = routing.affinity_key
+    if affinity_key:
+        _bounded(affinity_key, 128, "routing.affinity_key")
 
 
 def _check_cache(cache: inference_service_pb2.CacheWishes) -> None:
@@ -344,15 +367,17 @@ def _check_cache(cache: inference_service_pb2.CacheWishes) -> None:
 
 
 def _check_labels(request: inference_service_pb2.GenerateRequest | inference_service_pb2.EmbedRequest) -> None:
-    if request.metadata:
-        if len(request.metadata) > 16:
-            raise invalid("metadata", f"may have at most 16 pairs, has {len(request.metadata)}")
-        for key, value in request.metadata.items():
+    metadata = request.metadata
+    if metadata:
+        if len(metadata) > 16:
+            raise invalid("metadata", f"may have at most 16 pairs, has {len(metadata)}")
+        for key, value in metadata.items():
             if not 1 <= _size(key) <= 64:
                 raise invalid("metadata", f"keys must have 1 to 64 bytes, {key[:64]!r} has {_size(key)}")
             _bounded(value, 512, f"metadata[{key}]")
-    if request.end_user:
-        _bounded(request.end_user, 256, "end_user")
+    end_user = request.end_user
+    if end_user:
+        _bounded(end_user, 256, "end_user")
 
 
 def _check_duration(duration: Duration, field: str) -> None:

@@ -92,6 +92,10 @@ class Leasing:
         self._asking: dict[tuple[str, str], tuple[asyncio.Lock, int]] = {}
         """Locks by who asks, with how many hold or await them."""
         self._replicas: dict[str, float] = {}
+        self._incarnations: dict[str, str] = {}
+        """Replica by the part of its id that is the same after a restart."""
+        self._leases_of: dict[str, set[str]] = {}
+        """Leases with a share of some concurrency, by replica."""
 
     async def acquire(self, wish: Wish) -> Grant:
         """Grants what can be had. A repeated wish (same replica, key and sequence) gets the grant it got. Raises KeyUnknown."""
@@ -122,8 +126,15 @@ class Leasing:
             raise KeyUnknown
         self._replicas[wish.replica_id] = now + 2 * self._seconds
         for replica in [name for name, until in self._replicas.items() if until < now]:
-            del self._replicas[replica]
+            self._forget(replica)
+        slot = wish.replica_id.rpartition(".")[0]
+        if slot and (before := self._incarnations.get(slot)) != wish.replica_id:
+            # The process was started again: what ran in the one before has ended with it, and nobody else may wait for its lease to end.
+            self._incarnations[slot] = wish.replica_id
+            if before is not None:
+                self._forget(before)
         lease_id = wish.lease_id or _lease_id(wish)
+        self._leases_of.setdefault(wish.replica_id, set()).add(lease_id)
         expires = now + self._seconds
         money = await self._money(chain, wish, lease_id, expires)
         requests, wait = self._rates.take(self._limits(chain, "requests"), max(0, wish.requests), now)
@@ -140,6 +151,14 @@ class Leasing:
             max(wait, token_wait),
         )
 
+    def _forget(self, replica: str) -> None:
+        self._replicas.pop(replica, None)
+        for lease in self._leases_of.pop(replica, ()):
+            self._concurrency.release(lease)
+        slot = replica.rpartition(".")[0]
+        if self._incarnations.get(slot) == replica:
+            del self._incarnations[slot]
+
     async def _money(self, chain: Chain, wish: Wish, lease_id: str, expires: float) -> Slice:
         payer = Payer(chain.tenant.id, chain.project.id, chain.key.id)
         # A slice is a few holds; when the budget nears what the replicas' slices could hide, every hold asks for itself.
@@ -149,6 +168,8 @@ class Leasing:
     async def give_back(self, lease_id: str, owed: int) -> None:
         """Ends a lease; what of `owed` (spent since it was granted, or held by what still runs) isn't posted yet stays reserved."""
         self._concurrency.release(lease_id)
+        for leases in self._leases_of.values():
+            leases.discard(lease_id)
         await self._store.return_lease(lease_id, owed, self._clock() + self._grace)
 
     def _limits(self, chain: Chain, kind: str) -> dict[str, int]:

@@ -63,8 +63,9 @@ class Process:
     ) -> None:
         """`hosts` are the services that live here or will, so that calls to them never leave the process."""
         self.name = name
-        self.replica_id = f"{name}-{uuid.uuid4().hex[:12]}"
-        """Unique per start."""
+        incarnation = uuid.uuid4().hex[:12]
+        self.replica_id = f"{settings.replica}.{incarnation}" if settings.replica else f"{name}-{incarnation}"
+        """Unique per start; the part before the last dot, if there is one, is the same after a restart."""
         self.settings = settings
         self.log = log
         self.metrics = Registry() if metrics is None else metrics

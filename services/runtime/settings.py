@@ -57,6 +57,12 @@ class MeshSettings:
 
     profile: Profile = setting(Profile.DEV, "Profile; production turns reflection off and asks for a service token")
     reflection: Reflection = setting(Reflection.AUTO, "Who may use gRPC reflection; auto: on in dev, off in production")
+    replica: str = setting(
+        "",
+        "Name of this process among its replicas, the same after a restart and no other's: what an earlier process of that name had "
+        "leased is then free at once, not when its lease ends. Empty: every start is a new replica",
+        maximum=64,
+    )
     state_dir: Path = setting(Path(".sluice"), "Directory of everything that is kept: ledger, spool, indexes")
     catalogue: Path = setting(
         Path("deploy/catalogue.yaml"),
