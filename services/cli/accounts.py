@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import uuid
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any
 
@@ -95,7 +96,7 @@ def create_tenant(
         client = session.client
         made = client.tenancy.CreateTenant(
             tenancy_pb2.CreateTenantRequest(
-                request_id=f"cli-{tenant}", tenant=tenancy_pb2.Tenant(id=tenant, display_name=name, limits=limits)
+                request_id=f"cli-{uuid.uuid4().hex}", tenant=tenancy_pb2.Tenant(id=tenant, display_name=name, limits=limits)
             ),
             timeout=timeout,
             metadata=client.as_admin,

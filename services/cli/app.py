@@ -62,20 +62,24 @@ def _message(role: conversation_pb2.Role.ValueType, text: str) -> conversation_p
 
 
 @app.command("env")
-def environment(state_dir: StateDirOption = None) -> None:
+def environment(
+    sdk: Annotated[
+        bool, typer.Option("--sdk", help="Also what the SDKs of OpenAI and Anthropic read: their URL and key.")
+    ] = False,
+    state_dir: StateDirOption = None,
+) -> None:
     """Prints addresses and key of the running `up` as shell exports: eval "$(sluice env)"."""
     ready = Ready.read((state_dir or default_state_dir()) / READY_NAME)
     values = {
         "SLUICE_URL": ready.http,
         "SLUICE_KEY": ready.key,
         "SLUICE_ADMIN_KEY": ready.admin_key,
-        # What the SDKs of OpenAI and Anthropic read by themselves.
-        "OPENAI_BASE_URL": f"{ready.http}/v1",
-        "OPENAI_API_KEY": ready.key,
-        "ANTHROPIC_BASE_URL": ready.http,
-        "ANTHROPIC_API_KEY": ready.key,
         **{f"SLUICE_{name.upper().replace('-', '_')}": address for name, address in ready.grpc.items()},
     }
+    if sdk:
+        # Only when asked for: a `sluice up` started in the same shell would take them for the providers' own.
+        values |= {"OPENAI_BASE_URL": f"{ready.http}/v1", "OPENAI_API_KEY": ready.key}
+        values |= {"ANTHROPIC_BASE_URL": ready.http, "ANTHROPIC_API_KEY": ready.key}
     for name, value in values.items():
         typer.echo(f"export {name}={shlex.quote(value)}")
 

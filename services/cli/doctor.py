@@ -24,8 +24,12 @@ from services.cli import nats, up
 from services.cli.rendering import open_console, print_table
 from services.cli.session import StateDirOption
 from services.cli.state import READY_NAME, Ready, default_state_dir
+from services.execution.catalogue import OUR_KEYS, read_credential
+from services.routing.app import read_catalogue
+from services.runtime.config import ConfigError
 from services.runtime.errors import Failure
 
+_MAX_PROBLEMS: Final = 5
 _FREE_BYTES: Final = 512 * 1024 * 1024
 
 
@@ -78,7 +82,10 @@ def _disk(directory: Path) -> Finding:
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
-    ok = free >= _FREE_BYTES and os.access(existing, os.W_OK)
+    writable = os.access(existing, os.W_OK)
+    if not writable:
+        return Finding("state directory", False, f"{directory}, not writable", "choose another directory with --state-dir")
+    ok = free >= _FREE_BYTES
     advice = "" if ok else f"free some space in {existing}, or choose another directory with --state-dir"
     return Finding("state directory", ok, f"{directory}, {free / 2**30:.1f} GiB free", advice)
 
@@ -89,14 +96,25 @@ def _catalogue(path: Path) -> Iterator[Finding]:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         yield Finding("catalogue", False, str(path), f"it can't be read: {type(error).__name__}; see deploy/catalogue.yaml")
         return
-    yield Finding("catalogue", True, f"{path}, {len(providers)} providers")
+    try:
+        models = len(read_catalogue(path).models)
+    except ConfigError as error:
+        shown = "; ".join(error.problems[:_MAX_PROBLEMS])
+        yield Finding("catalogue", False, str(path), f"{len(error.problems)} problems: {shown}")
+    else:
+        yield Finding("catalogue", True, f"{path}, {len(providers)} providers, {models} models")
     for name, provider in providers.items():
         credential = str(provider.get("credential", ""))
         kind, _, place = credential.partition(":")
         if not credential:
             continue
-        there = bool(os.environ.get(place)) if kind == "env" else Path(place).is_file()
-        advice = "" if there else f"to use {name}, set {place}" if kind == "env" else f"to use {name}, put its key into {place}"
+        there = bool(read_credential(credential))
+        ours = kind == "env" and os.environ.get(place, "").startswith(OUR_KEYS)
+        advice = ""
+        if ours:
+            advice = f"{place} is a key of Sluice's own, which no provider gets; unset it, or set it to {name}'s"
+        elif not there:
+            advice = f"to use {name}, set {place}" if kind == "env" else f"to use {name}, put its key into {place}"
         yield Finding(f"provider {name}", there, f"{credential} {'is set' if there else 'is not set'}", advice, needed=False)
 
 

@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from services.cli.client import failures, pages
 from services.cli.rendering import answer_text, lower_name, print_json, print_receipt, print_table
 from services.cli.session import JsonOption, KeyOption, Session, StateDirOption, TimeoutOption
+from services.runtime.errors import invalid
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
 from sluice.jobs.v1 import job_service_pb2 as jobs_pb2
 
@@ -123,7 +124,12 @@ def list_jobs(
     as_json: JsonOption = False,
 ) -> None:
     """Lists jobs, newest first."""
-    wanted = jobs_pb2.JobState.Value(f"JOB_STATE_{state.upper()}") if state else jobs_pb2.JOB_STATE_UNSPECIFIED
+    states = {lower_name(name, "JOB_STATE_"): value for name, value in jobs_pb2.JobState.items()}
+    if state and state not in states:
+        raise invalid(
+            "--state", f"{state!r} is no state; there are {', '.join(name for name, value in states.items() if value)}"
+        )
+    wanted = states[state] if state else jobs_pb2.JOB_STATE_UNSPECIFIED
     found: list[jobs_pb2.Job] = []
     with Session(state_dir, timeout, key=key) as session:
         client = session.client

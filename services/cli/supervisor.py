@@ -54,6 +54,8 @@ class Child:
         self.spec = spec
         self.reports: dict[str, dict[str, Any]] = {}
         self.start_count = 0
+        self.log_start = 0
+        """Size of the log when the first run began: what stands before it is of earlier times."""
         self._on_change = on_change
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
@@ -92,6 +94,8 @@ class Child:
         log.parent.mkdir(parents=True, exist_ok=True)
         if log.exists() and log.stat().st_size > _LOG_LIMIT_BYTES:
             log.replace(log.with_suffix(".log.1"))
+        if not self.start_count:
+            self.log_start = log.stat().st_size if log.exists() else 0
         try:
             with log.open("ab") as output:
                 self._process = await asyncio.create_subprocess_exec(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import fcntl
 import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -53,10 +54,10 @@ class Options:
     state_dir: Path
     config: Path | None = None
     mesh: bool = False
-    port: int = HTTP_PORT
-    """Port of the HTTP edge; 0: a free one."""
-    grpc_port: int = GRPC_PORT
-    """First of the gRPC ports, one per service in order of `SERVICES`; 0: free ones."""
+    port: int | None = None
+    """Port of the HTTP edge; 0: a free one; None: the config file's `gateway.edge.port`, else 8080."""
+    grpc_port: int | None = None
+    """First of the gRPC ports, one per service in order of `SERVICES`; 0: free ones; None: 50051, with a free HTTP port free ones."""
     ready_file: Path | None = None
     """Written beside the one in the state directory."""
     replicas: Mapping[str, int] = field(default_factory=dict)
@@ -123,6 +124,44 @@ def read_config(path: Path | None) -> dict[str, Any]:
     return content
 
 
+def _given_port(given: Mapping[str, Any]) -> int:
+    """The HTTP port that the config file names. Raises Failure (REQUEST_INVALID)."""
+    gateway = given.get("gateway")
+    edge = gateway.get("edge") if isinstance(gateway, Mapping) else None
+    port = edge.get("port", HTTP_PORT) if isinstance(edge, Mapping) else HTTP_PORT
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port <= 65535:
+        raise invalid("gateway.edge.port", f"must be 0 to 65535, got {port!r}")
+    return port
+
+
+def _given_state_dir(config: Path | None) -> Path | None:
+    mesh = read_config(config).get("mesh")
+    found = mesh.get("state_dir") if isinstance(mesh, Mapping) else None
+    return Path(found).expanduser() if isinstance(found, str) and found else None
+
+
+@contextlib.contextmanager
+def locked(state: Path) -> Iterator[None]:
+    """Keeps a state directory to this process. Raises Failure: it can't be used, or another `up` uses it."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        lock = (state / "lock").open("a")
+    except OSError as error:
+        raise invalid("--state-dir", f"{str(state)!r} can't be used: {error.strerror}; name another directory") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            with contextlib.suppress(Failure):
+                running = Ready.read(state / READY_NAME)
+                words = f"Sluice runs there already: pid {running.supervisor_pid}, {running.http}"
+                raise invalid("--state-dir", f"{words}; stop it, or name another directory") from None
+            raise invalid(
+                "--state-dir", f"another `sluice up` is starting or stopping with {str(state)!r}; wait for it"
+            ) from None
+        yield
+
+
 def replica_names(service: str, count: int) -> list[str]:
     """Names of the processes of a service: `gateway`, `gateway-2`, …"""
     return [service if index == 0 else f"{service}-{index + 1}" for index in range(count)]
@@ -139,21 +178,25 @@ def plan(options: Options) -> Plan:
             raise invalid("--replicas", f"{service}={count} must be between 1 and {_MAX_REPLICAS}")
         if service == "metering" and count > 1:
             raise invalid("--replicas", "metering on SQLite is exactly one process; more need PostgreSQL")
+    given = read_config(options.config)
     state = options.state_dir.resolve()
     state.mkdir(parents=True, exist_ok=True)
     secrets = Secrets.load_or_create(state)
-    given = read_config(options.config)
     ports = _Ports()
     counts = {service: options.replicas.get(service, 1) for service in SERVICES}
 
     grpc_ports: dict[str, int] = {}
     wished = options.grpc_port
+    if wished is None:
+        wished = 0 if options.port == 0 else GRPC_PORT
     for service in SERVICES:
         for name in replica_names(service, counts[service]):
             grpc_ports[name] = ports.take(wished)
             wished += 1 if wished else 0
     http_ports: dict[str, int] = {}
     wished = options.port
+    if wished is None:
+        wished = _given_port(given)
     for name in replica_names("gateway", counts["gateway"]):
         http_ports[name] = ports.take(wished)
         wished += 1 if wished else 0
@@ -364,8 +407,9 @@ class Running:
 
 
 def _tail(child: Child, limit: int = 4000) -> str:
+    """What the child wrote since `up` was started."""
     try:
-        text = child.spec.log.read_text(errors="replace")
+        text = child.spec.log.read_bytes()[child.log_start :].decode(errors="replace")
     except FileNotFoundError:
         return ""
     return f"--- end of {child.spec.log}\n{text[-limit:]}"
@@ -416,7 +460,8 @@ async def _ready_then(running: Running, body: Callable[[Running], Awaitable[None
 
 def run(options: Options, body: Callable[[Running], Awaitable[None]], console: Console | None = None) -> None:
     """Starts the topology, runs `body` when all serve, and stops it when `body` returns, raises, or at SIGTERM or SIGINT."""
-    asyncio.run(_run(options, console or Console(stderr=True), body))
+    with locked(options.state_dir.resolve()):
+        asyncio.run(_run(options, console or Console(stderr=True), body))
 
 
 def parse_replicas(values: list[str]) -> dict[str, int]:
@@ -441,7 +486,12 @@ def command(
         Path | None,
         typer.Option("--state-dir", help="Ledger, spool, keys, logs. Default: $SLUICE_STATE_DIR, else ~/.local/state/sluice."),
     ] = None,
-    port: Annotated[int, typer.Option("--port", help="HTTP port; 0: a free one.", min=0, max=65535)] = HTTP_PORT,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            "--port", help="HTTP port; 0: a free one. Default: gateway.edge.port of the config, else 8080.", min=0, max=65535
+        ),
+    ] = None,
     grpc_port: Annotated[
         int | None,
         typer.Option(
@@ -454,13 +504,12 @@ def command(
     ] = None,
 ) -> None:
     """Starts Sluice and its NATS, prints addresses and a working key, supervises until SIGTERM or Ctrl-C."""
-    first = grpc_port if grpc_port is not None else (0 if port == 0 else GRPC_PORT)
     options = Options(
-        state_dir=state_dir or default_state_dir(),
+        state_dir=state_dir or _given_state_dir(config) or default_state_dir(),
         config=config,
         mesh=mesh,
         port=port,
-        grpc_port=first,
+        grpc_port=grpc_port,
         ready_file=ready_file,
         replicas=parse_replicas(replicas or []),
     )

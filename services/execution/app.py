@@ -22,6 +22,7 @@ from services.execution.attempts import lost
 from services.execution.breaker import Figures, State
 from services.execution.catalogue import Entry, read_credential
 from services.execution.config import Config
+from services.execution.errors import AttemptFailed
 from services.execution.probes import Prober, every
 from services.execution.provider import Provider
 from services.execution.service import ExecutionServicer, Reports
@@ -29,7 +30,7 @@ from services.execution.spool import Spool
 from services.execution.targets import Targets
 from services.runtime.config import ConfigError
 from services.runtime.dispatch import Binding
-from services.runtime.errors import Failure
+from services.runtime.errors import Failure, Reason
 from services.runtime.process import Process, Service
 from services.runtime.watching import Watch
 from sluice.execution.v1 import execution_service_pb2
@@ -166,11 +167,13 @@ class _Credential:
         self._read_at = 0.0
 
     def read(self) -> str:
-        """The secret; empty when there is none."""
+        """The secret; empty when none is needed. Raises AttemptFailed when one is needed and isn't there: nothing is sent then."""
         if self._source:
             now = asyncio.get_running_loop().time()
             if now - self._read_at > 5.0:
                 self._value, self._read_at = read_credential(self._source), now
+            if not self._value:
+                raise AttemptFailed(Reason.PROVIDER_AUTHENTICATION, f"no key of the provider: {self._source} is not set")
         return self._value
 
 

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from services.runtime.config import ConfigError
 
+OUR_KEYS: Final = "sk-sluice-"
 KINDS: Final = ("openai", "anthropic", "gemini", "local", "echo")
 _ID: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 _DEFAULT_BASES: Final[Mapping[str, str]] = {
@@ -160,5 +161,8 @@ def read_credential(source: str, environ: Mapping[str, str] = os.environ) -> str
             secret = Path(place).expanduser().read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError, RuntimeError):
             secret = ""
+    if secret.startswith(OUR_KEYS):
+        # One of our own, out of an environment that was made for our clients: a provider must never see it.
+        return ""
     # A line break within it would be a header of its own.
     return secret if secret.isascii() and secret.isprintable() else ""

@@ -16,7 +16,9 @@ class LeaseConfig:
 
     request_count: int = setting(32, "Requests of a rate slice", minimum=1, maximum=1_000_000)
     token_count: int = setting(200_000, "Tokens of a rate slice", minimum=1, maximum=1_000_000_000)
-    concurrency: int = setting(8, "Concurrent requests asked for at first; twice as many as run where more run", minimum=1, maximum=1_000_000)
+    concurrency: int = setting(
+        8, "Concurrent requests asked for at first; twice as many as run where more run", minimum=1, maximum=1_000_000
+    )
     nano_usd: int = setting(100_000_000, "Money of a slice; grows with the holds that are seen", unit="nano-USD", minimum=0)
     max_count: int = setting(10_000, "Keys that may hold a lease at once", minimum=1, maximum=10_000_000)
 

@@ -710,10 +710,9 @@ class Core:
         cost: int | None = 0
         finished: execution_service_pb2.CompletionFinished | None = None
         try:
-            request = execution_service_pb2.StreamCompleteRequest(
-                accepted_wire=execution_service_pb2.WireFormat.ValueType(accepted_wire)
-            )
+            request = execution_service_pb2.StreamCompleteRequest()
             fill_request(request, facts)
+            request.accepted_wire = execution_service_pb2.WireFormat.ValueType(accepted_wire)
             timeout = self._left(deadline, 1e9, "a provider")
             cost = None
             # Channels of the mesh return async generators, whatever the stub's type says.
@@ -784,13 +783,14 @@ class Core:
     def _finish(self, facts: Facts) -> Completion:
         answer = facts.answer
         assert answer is not None, "a finished operation has an answer"
-        facts.end_ns = time.monotonic_ns()
+        facts.end_ns = end = time.monotonic_ns()
         if not facts.first_byte_ns:
-            facts.first_byte_ns = facts.end_ns
+            facts.first_byte_ns = end
         if facts.is_hit:
             self._around.hits.add(facts)
-        self._journal.add(facts, answer.model, "ok")
-        return Completion(facts, answer)
+        completion = Completion(facts, answer)
+        self._journal.add(facts, completion.model, "ok")
+        return completion
 
     def _fail(self, facts: Facts, error: BaseException) -> None:
         facts.end_ns = time.monotonic_ns()

@@ -27,20 +27,32 @@ _UNBILLED_ATTEMPTS: Final = frozenset((*(reason.value for reason in _UNBILLED), 
 def fill_request(
     request: execution_service_pb2.CompleteRequest | execution_service_pb2.StreamCompleteRequest, facts: Facts
 ) -> None:
-    """Fills a request with what was prepared."""
+    """Fills an empty request with what was prepared."""
     wanted = facts.request
-    plan = facts.plan
+    plan, lease = facts.plan, facts.lease
     assert plan is not None, "planned before"
+    assert lease is not None, "admitted before"
     assert facts.input_count is not None, "counted before"
-    request.operation_id = facts.operation_id
-    request.conversation.CopyFrom(wanted.conversation)
-    if facts.max_output:
-        request.conversation.max_output_tokens = facts.max_output
-    if facts.candidates is plan.candidates:
-        request.candidates.extend(plan.messages)
+    if facts.candidates is plan.candidates and not facts.hold_id:
+        # Candidates and payer are mostly those of the last request: one copy instead of ten assignments.
+        kind = type(request)
+        template = plan.templates.get(kind)
+        if template is None or template[0] is not facts.principal or template[1] != lease.lease_id:
+            message = kind()
+            for candidate in plan.messages:
+                message.candidates.add().CopyFrom(candidate)
+            fill_billing(message.billing, facts)
+            template = plan.templates[kind] = (facts.principal, lease.lease_id, message)
+        request.CopyFrom(template[2])
+        request.billing.hold_nano_usd = facts.hold
     else:
         request.candidates.extend([candidate.message for candidate in facts.candidates])
-    fill_billing(request.billing, facts)
+        fill_billing(request.billing, facts)
+    request.operation_id = facts.operation_id
+    conversation = request.conversation
+    conversation.CopyFrom(wanted.conversation)
+    if facts.max_output:
+        conversation.max_output_tokens = facts.max_output
     metadata = wanted.metadata
     if metadata:
         request.metadata.MergeFrom(metadata)

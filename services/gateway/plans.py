@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from services.gateway.breakers import Breaker
 from services.gateway.flights import Flights
 from services.gateway.holds import Tariff
+from services.gateway.principals import Principal
 from services.runtime.call import Metadata
 from services.runtime.errors import Failure, Reason, unavailable
 from sluice.inference.v1 import receipt_pb2
@@ -74,7 +76,9 @@ class PlannedCandidate:
 class Plan:
     """A plan of routing."""
 
-    __slots__ = ("candidates", "fresh_until", "has_unbounded", "messages", "policy", "policy_version", "response", "task_type")
+    __slots__ = (
+        "candidates", "fresh_until", "has_unbounded", "messages", "policy", "policy_version", "response", "task_type", "templates",
+    )  # fmt: skip
 
     def __init__(
         self, response: routing_service_pb2.PlanResponse, candidates: tuple[PlannedCandidate, ...], fresh_until: float
@@ -89,6 +93,10 @@ class Plan:
         self.has_unbounded = any(not (candidate.max_output_tokens or candidate.context_window) for candidate in candidates)
         """A candidate has no bound of its own for the answer."""
         self.fresh_until = fresh_until
+        self.templates: dict[type[Message], tuple[Principal, str, Message]] = {}
+        """By type: the last request to execution made from this plan, without what differs between requests of one key and lease,
+        and that key's principal and lease id.
+        """
 
 
 PlanCall = Callable[..., Awaitable[routing_service_pb2.PlanResponse]]

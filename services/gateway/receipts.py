@@ -84,13 +84,14 @@ class Facts:
 class Completion:
     """One finished answer."""
 
-    __slots__ = ("_facts", "answer", "cache_status", "cost_nano_usd", "created", "operation_id", "request_id")
+    __slots__ = ("_facts", "answer", "cache_status", "cost_nano_usd", "created", "model", "operation_id", "request_id")
 
     def __init__(self, facts: Facts, answer: answer_pb2.Answer) -> None:
         self._facts = facts
         self.operation_id = facts.operation_id
         self.request_id = facts.request.request_id
         self.answer = answer
+        self.model = answer.model
         self.cost_nano_usd = facts.cost
         self.created = facts.receive_ns // 1_000_000_000
         """Unix seconds."""

@@ -48,7 +48,7 @@ def no_candidate(plan: routing_service_pb2.PlanResponse, model: str) -> Failure:
         provider = next(rejection.model for rejection in rejections if rejection.filter == "health").partition("/")[0]
         return Failure(
             Reason.PROVIDER_UNAVAILABLE,
-            f"no candidate is healthy at the moment; retry later ({words})",
+            f"no candidate can be called at the moment ({words})",
             metadata={"provider": provider, "status": "0", **metadata},
             retry_delay=2.0,
         )

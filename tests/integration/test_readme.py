@@ -60,7 +60,7 @@ def test_shell_blocks_run(environment: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("block", PYTHON, ids=["openai", "stub"])
 def test_python_blocks_run(environment: dict[str, str], block: str) -> None:
-    exports = run('PATH=$PWD/.venv/bin:$PATH; eval "$(sluice env)"; env -0 | base64 -w0', environment)
+    exports = run('PATH=$PWD/.venv/bin:$PATH; eval "$(sluice env --sdk)"; env -0 | base64 -w0', environment)
     import base64
 
     shown = dict(line.split("=", 1) for line in base64.b64decode(exports).decode().split("\0") if "=" in line)

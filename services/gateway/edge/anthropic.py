@@ -23,6 +23,7 @@ from services.gateway.core import Completion, Opened
 from services.gateway.edge import payload
 from services.gateway.edge.errors import EdgeError
 from services.gateway.edge.openai import ChatCall, receipt_to_json
+from services.gateway.edge.passing import swaps_of
 from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
 from services.runtime.errors import Reason
 from sluice.execution.v1 import execution_service_pb2
@@ -702,7 +703,19 @@ class MessageStream:
     open beside it: its provider may write several calls at once, and a closed block can't be added to.
     """
 
-    __slots__ = ("_block", "_calls", "_closed", "_head", "_is_refusal", "_is_wire", "_kind", "_last", "_next", "_opened")
+    __slots__ = (
+        "_block",
+        "_calls",
+        "_closed",
+        "_head",
+        "_is_refusal",
+        "_is_wire",
+        "_kind",
+        "_last",
+        "_named",
+        "_next",
+        "_opened",
+    )
 
     def __init__(self, opened: Opened) -> None:
         self._opened = opened
@@ -719,6 +732,8 @@ class MessageStream:
         """Calls that are complete."""
         self._is_refusal = False
         self._last = b""
+        self._named = False
+        """Whether the event that has the provider's names in it went through."""
 
     def begin(self) -> bytes:
         """What comes before the first piece; empty with wire bytes, which have their own. The prompt's tokens come with the end."""
@@ -747,6 +762,14 @@ class MessageStream:
         """Wire bytes as they go out: `data` itself. What was passed is needed to close the open block when Sluice cuts the stream."""
         if b"content_block_" in data:
             self._last = data
+        if not self._named:
+            # The one event that has them is the first.
+            names = {"id": "msg_" + self._opened.operation_id, "model": self._opened.model}
+            swaps = swaps_of(data, names, "message")
+            if swaps is not None:
+                self._named = True
+                for theirs, ours in swaps:
+                    data = data.replace(theirs, ours, 1)
         return data
 
     def pieces(self, batch: execution_service_pb2.DeltaBatch) -> bytes:

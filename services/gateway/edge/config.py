@@ -53,5 +53,5 @@ class EdgeConfig:
     )
     max_deadline: float = setting(3600.0, "Longest time that x-sluice-timeout may ask for", unit="s", minimum=0.05)
     drain_timeout: float = setting(
-        10.0, "Time for requests in flight to end when the process stops; then they are cut off", unit="s", minimum=0.0
+        4.0, "Time for requests in flight to end when the process stops; then they are cut off", unit="s", minimum=0.0
     )

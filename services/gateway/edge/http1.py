@@ -484,6 +484,13 @@ class Connection(asyncio.Protocol):
         if self._current is None and not self._queue and self._stage is _IDLE:
             self._shut()
 
+    def expire(self) -> None:
+        """Ends the request in flight as if its time were over."""
+        current = self._current
+        if current is not None and current.task is not None and not current.expired:
+            current.expired = True
+            current.task.cancel()
+
     def abort(self) -> None:
         """Cuts the client off."""
         self._transport.abort()
@@ -732,6 +739,11 @@ class Listener:
             connection.retire()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), self.config.drain_timeout)
+        # Those that haven't ended get to say so: a client must be able to tell a stream that was cut from one that is whole.
+        for connection in list(self._connections):
+            connection.expire()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=_SETTLE_SECONDS)
         await self._cut_off()
 
     @contextlib.asynccontextmanager

@@ -20,6 +20,7 @@ from google.protobuf import json_format
 
 from services.gateway.core import Completion, Opened
 from services.gateway.edge import payload
+from services.gateway.edge.passing import Swaps, swaps_of
 from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2, receipt_pb2
@@ -44,6 +45,8 @@ FINISH_REASONS: Final[Mapping[int, str]] = MappingProxyType(
         answer_pb2.FINISH_REASON_CANCELLED: "length",
     }
 )
+
+_FINISH_BYTES: Final[Mapping[int, bytes]] = MappingProxyType({number: name.encode() for number, name in FINISH_REASONS.items()})
 
 _EFFORTS: Final[Mapping[str, conversation_pb2.ReasoningEffort.ValueType]] = MappingProxyType(
     {
@@ -558,6 +561,10 @@ _NULL_ONLY: Final = frozenset(
 def chat_to_json(completion: Completion, receipt: receipt_pb2.Receipt | None = None) -> bytes:
     """The body of a whole chat completion; with a receipt it stands in the field `sluice`."""
     answer = completion.answer
+    if receipt is None and not answer.logprobs_json:
+        parts = answer.message.parts
+        if len(parts) == 1 and (part := parts[0]).HasField("text"):
+            return _text_to_json(completion, answer, part.text)
     body: dict[str, Any] = {
         "id": "chatcmpl-" + completion.operation_id,
         "object": "chat.completion",
@@ -576,6 +583,29 @@ def chat_to_json(completion: Completion, receipt: receipt_pb2.Receipt | None = N
     if receipt is not None:
         body["sluice"] = receipt_to_json(receipt)
     return orjson.dumps(body)
+
+
+def _text_to_json(completion: Completion, answer: answer_pb2.Answer, text: str) -> bytes:
+    """The same body for what most answers are, one text: written out, which takes half the time of objects and their rendering."""
+    usage = answer.usage
+    prompt = usage.input_token_count
+    output = usage.output_token_count
+    return (
+        b'{"id":"chatcmpl-%b","object":"chat.completion","created":%d,"model":%b,"choices":[{"index":0,"message":{"role":"assistant",'
+        b'"content":%b,"refusal":null},"logprobs":null,"finish_reason":"%b"}],"usage":{"prompt_tokens":%d,"completion_tokens":%d,'
+        b'"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d},"completion_tokens_details":{"reasoning_tokens":%d}}}'
+    ) % (
+        completion.operation_id.encode(),
+        completion.created,
+        orjson.dumps(completion.model),
+        orjson.dumps(text),
+        _FINISH_BYTES.get(answer.finish_reason, b"stop"),
+        prompt,
+        output,
+        prompt + output,
+        usage.cached_input_token_count,
+        usage.reasoning_token_count,
+    )
 
 
 def message_to_json(message: conversation_pb2.Message) -> dict[str, Any]:
@@ -668,10 +698,12 @@ def models_to_json(models: Iterable[inference_service_pb2.Model]) -> bytes:
 class ChatStream:
     """The events of one streamed chat completion."""
 
-    __slots__ = ("_frame", "_include_usage", "_is_wire")
+    __slots__ = ("_frame", "_include_usage", "_is_wire", "_names", "_swaps")
 
     def __init__(self, opened: Opened, *, include_usage: bool) -> None:
         self._include_usage = include_usage
+        self._names = {"id": "chatcmpl-" + opened.operation_id, "model": opened.model}
+        self._swaps: Swaps | None = None
         self._is_wire = opened.is_wire
         # The part that all chunks have in common is written once: a chunk then costs one string's escaping.
         frame = orjson.dumps(
@@ -683,6 +715,17 @@ class ChatStream:
             }
         )
         self._frame = b"data: " + frame[:-1]
+
+    def wire(self, data: bytes) -> bytes:
+        """Wire bytes as they go out, with our id and the catalogue's name of the model."""
+        swaps = self._swaps
+        if swaps is None:
+            swaps = self._swaps = swaps_of(data, self._names)
+            if swaps is None:
+                return data
+        for theirs, ours in swaps:
+            data = data.replace(theirs, ours)
+        return data
 
     def begin(self) -> bytes:
         """What comes before the first piece; empty with wire bytes, which have their own."""

@@ -55,6 +55,11 @@ _CACHE_NAMES: Final[Mapping[int, str]] = MappingProxyType(
     {number: name.removeprefix("CACHE_STATUS_").lower() for name, number in receipt_pb2.CacheStatus.items()}
 )
 
+# Bound here since a member of an enum costs a lookup in its metaclass each time.
+_OPENAI: Final = Dialect.OPENAI
+_ANTHROPIC: Final = Dialect.ANTHROPIC
+_FULL: Final = inference_service_pb2.RECEIPT_VIEW_FULL
+
 Handler = Callable[[Exchange, "Visit"], Coroutine[Any, Any, None]]
 
 
@@ -119,8 +124,8 @@ class Edge:
             failure = EdgeError(Reason.ROUTE_NOT_FOUND, f"this route takes {allowed}", metadata={"allow": allowed})
             self._answer_failure(exchange, dialect, failure)
             return None
-        if dialect is Dialect.OPENAI and _ANTHROPIC_VERSION in exchange.headers:
-            dialect = Dialect.ANTHROPIC
+        if dialect is _OPENAI and _ANTHROPIC_VERSION in exchange.headers:
+            dialect = _ANTHROPIC
         return self._visit(exchange, dialect, handler)
 
     def refuse(self, exchange: Exchange, failure: Failure) -> None:
@@ -150,6 +155,8 @@ class Edge:
                 failed = Failure(Reason.CANCELLED, "the client went away")
                 raise
             failed = deadline_exceeded("the answer")
+            if self.listener.draining:
+                failed = EdgeError(Reason.DRAINING, "this replica is going down; send the request again", retry_delay=1.0)
             self._fail(exchange, visit, failed)
         except Exception:  # noqa: BLE001  # a fault of ours becomes one answer and one log entry, whatever it was
             self._log.exception(
@@ -202,17 +209,13 @@ class Edge:
 
     # who asks, and until when
 
-    async def _principal(self, exchange: Exchange) -> Principal:
-        headers = exchange.headers
-        authorization, key = headers.get(b"authorization"), headers.get(b"x-api-key")
-        secret = secret_of(
-            None if authorization is None else authorization.decode("latin-1"), None if key is None else key.decode("latin-1")
-        )
-        if secret is not None:
-            known = self._core.known(secret)
-            if known is not None:
-                return known
-        return await self._core.authenticate(secret)
+    def _known(self, exchange: Exchange) -> Principal | None:
+        """The principal of a key that was checked lately; None: `_authenticate` must be asked. Hot path, so no coroutine."""
+        secret = _secret_of(exchange)
+        return None if secret is None else self._core.known(secret)
+
+    async def _authenticate(self, exchange: Exchange) -> Principal:
+        return await self._core.authenticate(_secret_of(exchange))
 
     def _deadline(self, exchange: Exchange, timeout: float | None) -> float:
         config = self._config
@@ -227,22 +230,24 @@ class Edge:
     # routes
 
     async def _chat(self, exchange: Exchange, visit: Visit) -> None:
-        principal = await self._principal(exchange)
+        principal = self._known(exchange) or await self._authenticate(exchange)
         _check_encoding(exchange)
         call = openai.chat_from_json(exchange.body)
-        deadline = self._deadline(exchange, wishes.apply_to_generate(exchange.headers, call.request))
+        request = call.request
+        deadline = self._deadline(exchange, wishes.apply_to_generate(exchange.headers, request))
         if call.stream:
             await self._stream(exchange, visit, principal, call, deadline)
             return
-        completion = await self._core.generate(principal, call.request, deadline=deadline, forward=visit.forward)
-        _annotate(visit, call.request, completion)
+        completion = await self._core.generate(principal, request, deadline=deadline, forward=visit.forward)
+        if visit.span is not None:
+            _annotate(visit, request, completion)
         exchange.respond(
             _completed_head(completion, visit.request_id),
-            openai.chat_to_json(completion, _wished_receipt(call.request, completion)),
+            openai.chat_to_json(completion, completion.receipt() if request.receipt_view == _FULL else None),
         )
 
     async def _message(self, exchange: Exchange, visit: Visit) -> None:
-        principal = await self._principal(exchange)
+        principal = self._known(exchange) or await self._authenticate(exchange)
         _check_encoding(exchange)
         call = anthropic.message_from_json(exchange.body)
         deadline = self._deadline(exchange, wishes.apply_to_generate(exchange.headers, call.request))
@@ -259,7 +264,7 @@ class Edge:
     async def _stream(
         self, exchange: Exchange, visit: Visit, principal: Principal, call: openai.ChatCall, deadline: float
     ) -> None:
-        is_openai = visit.dialect is Dialect.OPENAI
+        is_openai = visit.dialect is _OPENAI
         wire = (
             execution_service_pb2.WIRE_FORMAT_OPENAI_CHAT if is_openai else execution_service_pb2.WIRE_FORMAT_ANTHROPIC_MESSAGES
         )
@@ -268,7 +273,8 @@ class Edge:
         try:
             async for event in events:
                 if type(event) is bytes:
-                    data = stream.wire(event) if isinstance(stream, anthropic.MessageStream) else event
+                    assert stream is not None, "the core opens first"
+                    data = stream.wire(event)
                 elif isinstance(event, Opened):
                     stream = (
                         openai.ChatStream(event, include_usage=call.include_usage)
@@ -292,7 +298,7 @@ class Edge:
         exchange.close()
 
     async def _embed(self, exchange: Exchange, visit: Visit) -> None:
-        principal = await self._principal(exchange)
+        principal = self._known(exchange) or await self._authenticate(exchange)
         _check_encoding(exchange)
         call = openai.embed_from_json(exchange.body)
         deadline = self._deadline(exchange, wishes.apply_to_embed(exchange.headers, call.request))
@@ -303,7 +309,7 @@ class Edge:
         exchange.respond(head, openai.embed_to_json(response, is_base64=call.is_base64))
 
     async def _count_tokens(self, exchange: Exchange, visit: Visit) -> None:
-        principal = await self._principal(exchange)
+        principal = self._known(exchange) or await self._authenticate(exchange)
         _check_encoding(exchange)
         call = anthropic.count_from_json(exchange.body)
         deadline = self._deadline(exchange, wishes.apply_to_free_call(exchange.headers))
@@ -314,7 +320,7 @@ class Edge:
         exchange.respond(_json_head(visit.request_id), anthropic.count_to_json(response.input_count))
 
     async def _models(self, exchange: Exchange, visit: Visit) -> list[inference_service_pb2.Model]:
-        principal = await self._principal(exchange)
+        principal = self._known(exchange) or await self._authenticate(exchange)
         deadline = self._deadline(exchange, wishes.apply_to_free_call(exchange.headers))
         found: list[inference_service_pb2.Model] = []
         token = ""
@@ -383,6 +389,19 @@ def _dialect_of(exchange: Exchange) -> Dialect:
     return Dialect.OPENAI
 
 
+def _secret_of(exchange: Exchange) -> str | None:
+    """See `secret_of`."""
+    headers = exchange.headers
+    authorization = headers.get(b"authorization")
+    if authorization is not None and authorization.startswith(b"Bearer "):
+        # What nearly everybody sends.
+        return authorization[7:].decode("latin-1").strip() or None
+    key = headers.get(b"x-api-key")
+    return secret_of(
+        None if authorization is None else authorization.decode("latin-1"), None if key is None else key.decode("latin-1")
+    )
+
+
 def _check_encoding(exchange: Exchange) -> None:
     coding = exchange.headers.get(b"content-encoding")
     if coding is not None and coding.lower() != b"identity":
@@ -390,7 +409,7 @@ def _check_encoding(exchange: Exchange) -> None:
 
 
 def _wished_receipt(request: inference_service_pb2.GenerateRequest, completion: Completion) -> receipt_pb2.Receipt | None:
-    return completion.receipt() if request.receipt_view == inference_service_pb2.RECEIPT_VIEW_FULL else None
+    return completion.receipt() if request.receipt_view == _FULL else None
 
 
 def _annotate(visit: Visit, request: inference_service_pb2.GenerateRequest, completion: Completion) -> None:
@@ -416,13 +435,12 @@ def _json_head(request_id: str) -> bytes:
 
 
 def _completed_head(completion: Completion, request_id: str) -> bytes:
-    return b"%bx-sluice-operation-id: %b\r\nx-sluice-model: %b\r\nx-sluice-cost-nano-usd: %d\r\nx-sluice-cache: %b\r\n" % (
-        _json_head(request_id),
-        completion.operation_id.encode(),
-        completion.answer.model.encode(),
-        completion.cost_nano_usd,
-        _CACHE_NAMES[completion.cache_status].encode(),
-    )
+    # As text, encoded once: a head of bytes has to encode each of its parts.
+    return (
+        f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nx-request-id: {request_id}\r\nrequest-id: {request_id}\r\n"
+        f"x-sluice-operation-id: {completion.operation_id}\r\nx-sluice-model: {completion.model}\r\n"
+        f"x-sluice-cost-nano-usd: {completion.cost_nano_usd}\r\nx-sluice-cache: {_CACHE_NAMES[completion.cache_status]}\r\n"
+    ).encode()
 
 
 def _opened_head(opened: Opened, request_id: str) -> bytes:
