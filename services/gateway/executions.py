@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Final
+from typing import Any, Final
 
 from services.gateway.principals import Principal
 from services.gateway.receipts import Facts
@@ -38,7 +38,8 @@ def fill_request(
         kind = type(request)
         template = plan.templates.get(kind)
         if template is None or template[0] is not facts.principal or template[1] != lease.lease_id:
-            message = kind()
+            # Any: of two types, whose fields here are the same.
+            message: Any = kind()
             for candidate in plan.messages:
                 message.candidates.add().CopyFrom(candidate)
             fill_billing(message.billing, facts)

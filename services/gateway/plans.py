@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -93,7 +93,7 @@ class Plan:
         self.has_unbounded = any(not (candidate.max_output_tokens or candidate.context_window) for candidate in candidates)
         """A candidate has no bound of its own for the answer."""
         self.fresh_until = fresh_until
-        self.templates: dict[type[Message], tuple[Principal, str, Message]] = {}
+        self.templates: dict[type[Message], tuple[Principal, str, Any]] = {}
         """By type: the last request to execution made from this plan, without what differs between requests of one key and lease,
         and that key's principal and lease id.
         """

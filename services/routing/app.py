@@ -41,8 +41,12 @@ def read_catalogue(path: Path) -> Catalogue:
     """The catalogue of a file. Raises ConfigError."""
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError([f"{path}{place}: is not YAML: {error.problem}"]) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"{path}: can't be read as YAML: {type(error).__name__}"]) from None
+        raise ConfigError([f"{path}: can't be read: {type(error).__name__}"]) from None
     return catalogue.parse(content)
 
 

@@ -60,6 +60,7 @@ _MODEL_KEYS: Final = frozenset(
         "fallbacks", "regions", "note",
     }
 )  # fmt: skip
+_PRICE_KEYS: Final = frozenset({"input", "output", "cached_input", "reasoning", "cache_write", "image", "request", "from"})
 _POLICY_KEYS: Final = frozenset({"weights", "order", "unknown_price", "tenants", "waive_fallbacks", "task_types", "note"})
 _SECTIONS: Final = frozenset({"providers", "models", "policies", "task_types", "tokenizers", "prices"})
 
@@ -194,6 +195,7 @@ def _model(name: str, value: Any, kinds: Mapping[str, tuple[str, tuple[str, ...]
     problems += [f"{where}.fields: {one!r} is not known" for one in fields if one not in FIELDS]
     if not capabilities:
         problems.append(f"{where}.capabilities: must name at least one of {', '.join(sorted(CAPABILITIES))}")
+    _check_price(value.get("price"), f"{where}.price", problems)
     fallbacks = _texts(value, "fallbacks", where, problems)
     if len(fallbacks) >= MAX_CHAIN:
         problems.append(f"{where}.fallbacks: must have fewer than {MAX_CHAIN} entries")
@@ -211,6 +213,19 @@ def _model(name: str, value: Any, kinds: Mapping[str, tuple[str, tuple[str, ...]
         regions=_texts(value, "regions", where, problems) or regions,
         is_fake=kind == "echo",
     )
+
+
+def _check_price(price: object, where: str, problems: list[str]) -> None:
+    """Its form alone, so that a file with a wrong one is refused as a whole; what it comes to is metering's."""
+    if price is None or price == "free":
+        return
+    for entry in price if isinstance(price, list) else [price]:
+        if not isinstance(entry, Mapping) or not {"input", "output"} <= set(entry) or set(entry) - _PRICE_KEYS:
+            problems.append(
+                f"{where}: must be `free`, or have input and output in dollars per million tokens, and maybe "
+                f"{', '.join(sorted(_PRICE_KEYS - {'input', 'output'}))}; or be a list of such, each with `from`"
+            )
+            return
 
 
 def _names(models: Mapping[str, Model], problems: list[str]) -> dict[str, str]:

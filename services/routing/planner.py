@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,6 +15,7 @@ from services.routing.filters import Ask, Prospect, Refusal, check, is_permitted
 from services.routing.prices import Prices
 from services.routing.statistics import Statistics
 
+_MAX_COMPARED: Final = 500
 POLICY_PREFIX: Final = "policy/"
 
 
@@ -92,7 +94,7 @@ class Planner:
             return _Chain(models if ask.allow_fallback else models[:1], policy, policy.is_scored, permitted, name)
         found = catalogue.names.get(wanted)
         if found is None:
-            raise ModelNotFound(wanted)
+            raise ModelNotFound(wanted, self._near(ask, wanted))
         models = (found, *(catalogue.models[found].fallbacks if ask.allow_fallback else ()))
         permitted = self._permitted(ask, models)
         if found not in permitted:
@@ -100,6 +102,12 @@ class Planner:
             raise ModelNotFound(wanted)
         # Whoever names a model gets it while it can answer; its fallbacks stand in the order of the catalogue.
         return _Chain(models[:MAX_CHAIN], catalogue.policies[DEFAULT_POLICY], False, permitted, "")
+
+    def _near(self, ask: Ask, wanted: str) -> list[str]:
+        """Names like the wanted one, of models that the key may use."""
+        names = [name for name in self.catalogue.names if is_permitted(ask.allowed, (name,))][:_MAX_COMPARED]
+        ends = [name for name in names if name.rpartition("/")[2] == wanted]
+        return ends[:2] or difflib.get_close_matches(wanted[:200], names, n=2)
 
     def _permitted(self, ask: Ask, models: tuple[str, ...]) -> frozenset[str]:
         entries = self.catalogue.models

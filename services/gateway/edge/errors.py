@@ -201,7 +201,7 @@ def param_of(failure: Failure, dialect: Dialect) -> str | None:
 def error_object(failure: Failure, dialect: Dialect, request_id: str) -> dict[str, Any]:
     """The JSON object of `failure`, the body of an answer or the data of a stream's error event."""
     status = status_of(failure)
-    error: dict[str, Any] = {"message": failure.message}
+    error: dict[str, Any] = {"message": _worded(failure, dialect)}
     if dialect is Dialect.OPENAI:
         kind = "insufficient_quota" if failure.reason is Reason.BUDGET_EXHAUSTED else _OPENAI_TYPES.get(status, "server_error")
     else:
@@ -214,6 +214,14 @@ def error_object(failure: Failure, dialect: Dialect, request_id: str) -> dict[st
     if dialect is Dialect.OPENAI:
         return {"error": error}
     return {"type": "error", "error": error, "request_id": request_id}
+
+
+def _worded(failure: Failure, dialect: Dialect) -> str:
+    """The message; where it begins with the contract's name of a field, with the one that the caller wrote."""
+    field = failure.metadata.get("field")
+    if field and failure.message.startswith(f"{field}: ") and (param := param_of(failure, dialect)) is not None:
+        return f"{param}{failure.message[len(field) :]}"
+    return failure.message
 
 
 def error_body(failure: Failure, dialect: Dialect, request_id: str) -> bytes:

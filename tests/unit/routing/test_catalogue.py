@@ -70,6 +70,7 @@ BREAKS: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("models.nameless: the id must be", lambda c: c["models"].update(nameless=examples.model("a"))),
     ("task_types.code: must have latency_target", lambda c: c["task_types"].pop("code")),
     ("task_types.code.latency_target: must be a duration", lambda c: c["task_types"]["code"].update(latency_target=5)),
+    ("models.a/cheap.price: must be `free`, or", lambda c: c["models"]["a/cheap"].update(price={"input_usd_per_million": 1})),
     ("extras: unknown section", lambda c: c.update(extras={})),
 ]
 

@@ -187,3 +187,14 @@ def test_the_output_bound_is_what_is_asked_allowed_and_fits() -> None:
     assert plan.candidates[0].cost == 64 + 20
     near = examples.planner().plan(ask(input_bound=950))
     assert near.candidates[0].cost == 950 + 50 * 2
+
+
+def test_a_name_that_is_nearly_one_is_answered_with_it() -> None:
+    planner = examples.planner()
+    for wanted, meant in (("dear", "b/dear"), ("a/chaep", "a/cheap")):
+        with pytest.raises(ModelNotFound) as caught:
+            planner.plan(ask(model=wanted))
+        assert f"did you mean {meant}" in caught.value.message
+    with pytest.raises(ModelNotFound) as caught:
+        planner.plan(ask(model="dear", allowed=frozenset({"a/cheap"})))
+    assert "b/dear" not in caught.value.message, "what the key may not use isn't hinted at"
