@@ -235,7 +235,7 @@ class Core:
         plan, _ = await self._plans.fetch(key, self._left(deadline, self._limits.plan, "routing"), forward)
         models = [candidate.model for candidate in plan.candidates]
         model = request.model if request.model in models or not models else models[0]
-        count, _ = await self._count(model, request.conversation, shape, deadline, forward)
+        count = await self._count(None, model, request.conversation, shape, deadline, forward)
         return inference_service_pb2.CountTokensResponse(input_count=count)
 
     async def list_models(
@@ -274,7 +274,10 @@ class Core:
         version = facts.plan.response.policy_version if facts.plan is not None else ""
         await self._cache.look_up(facts, version, self._left(deadline, 1e9, "the cache"), forward)
         if facts.candidates:
-            await self._count_and_fit(facts, shape, deadline, forward)
+            if facts.input_count is None:
+                model = facts.candidates[0].model
+                facts.input_count = await self._count(facts, model, wanted.conversation, shape, deadline, forward)
+            self._fit(facts, shape)
             facts.hold = reckon(facts.candidates, self._prompt(facts)).worst
         return inference_service_pb2.ExplainResponse(receipt=receipt_to_proto(facts))
 
@@ -410,7 +413,10 @@ class Core:
                 # The first request of the process: the version is a part of every cache key.
                 await self._plan(facts, shape, deadline, forward, streaming=streaming)
                 version = self._plans.policy_version
-            if await self._cache.look_up(facts, version, self._left(deadline, 1e9, "the cache"), forward):
+            left = deadline - self._clock()
+            if left <= 0:
+                raise deadline_exceeded("the cache")
+            if await self._cache.look_up(facts, version, left, forward):
                 return True
             if facts.plan is None:
                 # As in `_plan`, but no coroutine is made where the plan is at hand.
@@ -422,7 +428,10 @@ class Core:
                 facts.candidates = plan.candidates
         if not facts.candidates:
             await self._plan_exactly(facts, shape, deadline, forward, streaming=streaming)
-        await self._count_and_fit(facts, shape, deadline, forward)
+        if facts.input_count is None:
+            model = facts.candidates[0].model
+            facts.input_count = await self._count(facts, model, request.conversation, shape, deadline, forward)
+        self._fit(facts, shape)
         waiting = self._hold(facts, shape, deadline)
         if waiting is not None:
             await waiting
@@ -501,9 +510,7 @@ class Core:
         narrow = [rejection.model for rejection in plan.response.rejections if rejection.filter == "context_window"]
         if not narrow:
             raise no_candidate(plan.response, _model(facts.request))
-        count, degraded = await self._count(narrow[0], facts.request.conversation, shape, deadline, forward)
-        if degraded:
-            facts.degrade(degraded)
+        count = await self._count(facts, narrow[0], facts.request.conversation, shape, deadline, forward)
         facts.input_count = count
         plan = await self._plan(facts, shape, deadline, forward, streaming=streaming, input_bound=max(1, count.token_count))
         if facts.candidates:
@@ -525,15 +532,11 @@ class Core:
             return 0
         return max((model.context_window for model in catalogue.models if model.id in models), default=0)
 
-    async def _count_and_fit(self, facts: Facts, shape: Shape, deadline: float, forward: Metadata) -> None:
-        """Counts the prompt for the first candidate and drops candidates into whose window it doesn't fit."""
+    def _fit(self, facts: Facts, shape: Shape) -> None:
+        """Drops candidates into whose window the counted prompt doesn't fit."""
         candidates = facts.candidates
         count = facts.input_count
-        if count is None:
-            count, degraded = await self._count(candidates[0].model, facts.request.conversation, shape, deadline, forward)
-            if degraded:
-                facts.degrade(degraded)
-            facts.input_count = count
+        assert count is not None, "counted before"
         needed = count.token_count + (shape.max_output_tokens or 1)
         for candidate in candidates:
             if 0 < candidate.context_window < needed:
@@ -557,9 +560,15 @@ class Core:
         facts.candidates = left
 
     async def _count(
-        self, model: str, conversation: conversation_pb2.Conversation, shape: Shape, deadline: float, forward: Metadata
-    ) -> tuple[receipt_pb2.TokenCount, str]:
-        """The count of a prompt, and how it was degraded; empty: it wasn't."""
+        self,
+        facts: Facts | None,
+        model: str,
+        conversation: conversation_pb2.Conversation,
+        shape: Shape,
+        deadline: float,
+        forward: Metadata,
+    ) -> receipt_pb2.TokenCount:
+        """The count of a prompt; where it had to be estimated, `facts` say so."""
         now = self._clock()
         breaker = self._count_breaker
         if not breaker.failure_count or breaker.allows(now):
@@ -574,13 +583,15 @@ class Core:
                 response = await self._count_call(request, timeout=min(left, budget), metadata=forward)
                 if breaker.failure_count:
                     breaker.succeeded()
-                return response.counts[0], ""
+                return response.counts[0]
             except Failure as failure:
                 breaker.failed(self._clock())
                 reason = failure.reason.value
         else:
             reason = "it didn't answer lately"
-        return estimated_count(shape), f"tokenization: estimated, {reason}"
+        if facts is not None:
+            facts.degrade(f"tokenization: estimated, {reason}")
+        return estimated_count(shape)
 
     # Money
 
@@ -693,7 +704,9 @@ class Core:
         try:
             request = execution_service_pb2.CompleteRequest()
             fill_request(request, facts)
-            timeout = self._left(deadline, 1e9, "a provider")
+            timeout = deadline - self._clock()
+            if timeout <= 0:
+                raise deadline_exceeded("a provider")
             cost = None
             response = await self._complete(request, timeout=timeout, metadata=forward)
             cost = response.cost_nano_usd

@@ -36,6 +36,7 @@ _THOUGHT: Final = _written(
     "trade-off", "step-by-step", "probability", "optimal",
 )  # fmt: skip
 _WORDS: Final = _KEYWORDS | _CODE_WORDS | _THOUGHT
+_NOTHING: Final[frozenset[str]] = frozenset()
 _FORMULA: Final = re.compile(r"\d ?[-+*/^=<>] ?\d|[a-z] ?= ?[-\da-z]|[∑∫√≤≥≠∀∃]|\\frac|\$\$")
 _CONDITIONS: Final = re.compile(r"(?:^|\n)[ \t]{0,8}\(?[1-9][.)][ \t].*\n[ \t]{0,8}\(?[1-9][.)][ \t]")
 
@@ -49,11 +50,13 @@ def signals(text: str) -> tuple[int, int]:
         half = _WINDOW // 2
         text = text[:half] + "\n" + text[-half:]
     text = text.lower()
-    # One pass over the words for all three sets; of most prompts nothing is left to look at.
-    words = _WORDS.intersection(text.split())
+    # One pass over the words for all three sets; most prompts end it with nothing left to look at.
+    split = text.split()
+    words = _NOTHING if _WORDS.isdisjoint(split) else _WORDS.intersection(split)
     code = 0
     lines = "\n" in text
-    if "```" in text or (lines and _has_one(text, _TRACES)):
+    # Here and below: one character is found many times faster than several, and the rare one is mostly not there.
+    if ("`" in text and "```" in text) or (lines and _has_one(text, _TRACES)):
         code = 1
     if words and (not words.isdisjoint(_CODE_WORDS) or len(words & _KEYWORDS) >= 3):
         code += 1
@@ -77,8 +80,8 @@ def signals(text: str) -> tuple[int, int]:
         or "*" in text
         or "^" in text
         or "<" in text
-        or "$$" in text
-        or "\\frac" in text
+        or ("$" in text and "$$" in text)
+        or ("\\" in text and "\\frac" in text)
         or not text.isascii()
     ) and _FORMULA.search(text) is not None:
         thought += 1
@@ -89,12 +92,12 @@ def signals(text: str) -> tuple[int, int]:
 
 def _has_file_name(text: str) -> bool:
     """Whether a word's end after a dot is that of a source file. Dots are few; a pattern would try every character."""
+    last = len(text) - 1
     at = text.find(".", 1)
-    while at > 0:
-        if text[at - 1].isalnum():
-            match = _ENDING.match(text, at + 1)
-            if match is not None:
-                return True
+    # After the dot of a sentence comes a space or the end: no need to try the pattern there.
+    while 0 < at < last:
+        if text[at + 1].isalpha() and text[at - 1].isalnum() and _ENDING.match(text, at + 1) is not None:
+            return True
         at = text.find(".", at + 1)
     return False
 

@@ -20,6 +20,7 @@ from services.gateway.flights import Flights
 from services.gateway.ports import Grant, LeaseWish, LimitState, Metering
 from services.runtime.errors import Failure, Reason, unavailable
 
+_MOST_REFILLS: Final = 4
 _PLENTY: Final = 1 << 60
 """Stands for unlimited: large enough never to be used up, so that the hot path needs no second comparison."""
 _ENDLESS: Final = 1 << 59
@@ -50,7 +51,7 @@ class Lease:
         "budget", "concurrency", "concurrency_limit", "expires", "factor", "failed_until", "generation", "granted", "held", "in_flight",
         "key_id", "largest_hold", "lease_id", "low_money", "low_requests", "low_tokens", "money", "no_concurrency_until",
         "no_money_until", "no_rate_until", "pending", "renews", "request_limit", "requests", "slice_money", "spent", "stranded",
-        "token_limit", "tokens", "used", "wanted",
+        "token_limit", "tokens", "used", "waiting", "wanted",
     )  # fmt: skip
 
     def __init__(self, key_id: str) -> None:
@@ -68,6 +69,8 @@ class Lease:
         """By how much the next slices of rates are larger than the least."""
         self.concurrency = 0
         self.in_flight = 0
+        self.waiting = 0
+        """Requests that wait to be admitted."""
         self.money = 0
         self.held = 0
         self.spent = 0
@@ -158,15 +161,25 @@ class Leases:
         lease = self._leases.get(key_id)
         if lease is None:
             lease = self._open(key_id)
-        for attempt in range(2):
-            admitted = self.admit(key_id, tokens)
-            if admitted is not None:
-                return admitted
-            if attempt == 0:
-                self._refuse_early(lease)
+        admitted = self.admit(key_id, tokens)
+        if admitted is not None:
+            return admitted
+        self._refuse_early(lease)
+        lease.waiting += 1
+        try:
+            # Who asks first asks for those that wait by then; more may have come meanwhile, for whom there is to be asked again.
+            for _ in range(_MOST_REFILLS):
+                before = lease.concurrency
                 # Else the sweep could take the lease for idle, and let it go, while it is being renewed.
                 lease.used = True
                 await self._refill(lease, 0, timeout)
+                admitted = self.admit(key_id, tokens)
+                if admitted is not None:
+                    return admitted
+                if lease.requests <= 0 or lease.tokens <= 0 or lease.concurrency <= before:
+                    break
+        finally:
+            lease.waiting -= 1
         self._refuse(lease)
         raise AssertionError("unreachable: _refuse raises")
 
@@ -356,7 +369,7 @@ class Leases:
             slice_size = max(sizes.nano_usd, 8 * lease.largest_hold)
             money = max(slice_size - lease.money, needed_money - lease.money, 0)
         # No more than is likely to be used: other keys and other replicas want a part of the tenant's limit, too.
-        concurrency = max(sizes.concurrency, 2 * lease.in_flight)
+        concurrency = max(sizes.concurrency, 2 * (lease.in_flight + lease.waiting))
         request_count = _slice(sizes.request_count, lease.factor, lease.request_limit)
         token_count = _slice(sizes.token_count, lease.factor, lease.token_limit)
         return LeaseWish(

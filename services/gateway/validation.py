@@ -33,6 +33,8 @@ _USER: Final = conversation_pb2.ROLE_USER
 _ASSISTANT: Final = conversation_pb2.ROLE_ASSISTANT
 _TOOL: Final = conversation_pb2.ROLE_TOOL
 _DEVELOPER: Final = conversation_pb2.ROLE_DEVELOPER
+_LAST_TASK_TYPE: Final = receipt_pb2.TASK_TYPE_VISION
+_LAST_RECEIPT_VIEW: Final = inference_service_pb2.RECEIPT_VIEW_FULL
 
 
 class Shape:
@@ -76,11 +78,12 @@ def check_generate(request: inference_service_pb2.GenerateRequest, max_bytes: in
         _check_routing(routing)
     if request.HasField("cache"):
         _check_cache(request.cache)
-    if not 0 <= request.task_type <= receipt_pb2.TASK_TYPE_VISION:
+    if not 0 <= request.task_type <= _LAST_TASK_TYPE:
         raise invalid("task_type", f"has the unknown value {request.task_type}")
-    if not 0 <= request.receipt_view <= inference_service_pb2.RECEIPT_VIEW_FULL:
+    if not 0 <= request.receipt_view <= _LAST_RECEIPT_VIEW:
         raise invalid("receipt_view", f"has the unknown value {request.receipt_view}")
-    _check_labels(request)
+    if request.metadata or request.end_user:
+        _check_labels(request)
     return shape
 
 
@@ -197,7 +200,9 @@ def _check_message(message: conversation_pb2.Message, index: int, shape: Shape) 
         if kind == "text":
             if role == _TOOL:
                 raise _misplaced(index, number, "text", "may not stand in a tool turn; use `tool_result`")
-            last_text = part.text
+            if role == _USER:
+                # Each read makes a new string.
+                last_text = part.text
         elif kind == "image":
             if role != _USER:
                 raise _misplaced(index, number, "image", "may stand in user turns only")
@@ -217,7 +222,7 @@ def _check_message(message: conversation_pb2.Message, index: int, shape: Shape) 
                 _bounded(
                     part.reasoning.signature, 64 * 1024, f"conversation.messages[{index}].parts[{number}].reasoning.signature"
                 )
-    if role == _USER and last_text:
+    if last_text:
         shape.last_user_text = last_text
 
 

@@ -133,7 +133,7 @@ def embed_from_json(body: bytes | bytearray) -> EmbedCall:
 
 
 def _model(call: ChatCall, value: object) -> None:
-    name = payload.text(value, "model")
+    name = value if type(value) is str else payload.text(value, "model")
     if not name:
         # In the contract it means the default policy; here it is a variable that somebody forgot to set.
         raise RequestInvalid("model", "is empty; `auto` lets the default policy choose")
@@ -146,6 +146,14 @@ def _messages(call: ChatCall, value: object) -> None:
         if type(item) is not dict:
             raise RequestInvalid(f"messages[{index}]", f"must be an object, is {payload.shown(item)}")
         role = item.get("role")
+        if role == "user" and len(item) == 2:
+            content = item.get("content")
+            if type(content) is str:
+                # What most turns are; the same as in `_read_user`, without the way there.
+                message = add()
+                message.role = _USER
+                message.parts.add().text = content
+                continue
         read = _ROLES.get(role) if type(role) is str else None
         if read is None:
             if role is None:
@@ -156,10 +164,6 @@ def _messages(call: ChatCall, value: object) -> None:
 
 def _read_user(message: conversation_pb2.Message, item: dict[str, Any], index: int) -> None:
     message.role = _USER
-    content = item.get("content")
-    if type(content) is str and len(item) == 2:
-        message.parts.add().text = content
-        return
     path = f"messages[{index}]"
     payload.only(item, ("role", "content", "name"), path)
     _read_name(message, item, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 
 import pytest
@@ -285,3 +286,23 @@ async def test_a_refill_for_one_limit_does_not_stop_refills_for_another() -> Non
         await eventually(lambda: len(world.metering.asked("AcquireLease")) == 2)
         assert lease.low_requests > 0
         assert lease.low_tokens > 0
+
+
+async def test_a_burst_beyond_the_first_share_is_admitted_up_to_the_limit() -> None:
+    """The first share is small, so that other keys and gateways get theirs; what waits is asked for."""
+    world = World()
+    world.leases._sizes = dataclasses.replace(world.leases._sizes, concurrency=8)
+    world.metering.delays["AcquireLease"] = 0.01
+    results = await asyncio.gather(*(world.leases.admit_waiting("key-1", 1, 2.0) for _ in range(60)), return_exceptions=True)
+    refused = [result for result in results if isinstance(result, Failure)]
+    assert len(results) - len(refused) == world.metering.concurrency
+    assert {failure.reason for failure in refused} == {Reason.CONCURRENCY_LIMITED}
+    assert len(world.metering.asked("AcquireLease")) <= 5
+
+
+async def test_a_share_shrinks_when_little_runs() -> None:
+    world = World()
+    world.leases._sizes = dataclasses.replace(world.leases._sizes, concurrency=8)
+    lease = await world.leases.admit_waiting("key-1", 1, 1.0)
+    assert world.metering.asked("AcquireLease")[0].wanted_concurrency == 8
+    assert lease.concurrency == 8
