@@ -176,7 +176,8 @@ class Leases:
                 admitted = self.admit(key_id, tokens)
                 if admitted is not None:
                     return admitted
-                if lease.requests <= 0 or lease.tokens <= 0 or lease.concurrency <= before:
+                if self._clock() < lease.no_rate_until or (lease.in_flight >= lease.concurrency <= before):
+                    # There is no more to be had.
                     break
         finally:
             lease.waiting -= 1
@@ -376,7 +377,7 @@ class Leases:
             sequence=self._sequence,
             key_id=lease.key_id,
             lease_id=lease.lease_id,
-            request_count=max(0, request_count - left_requests),
+            request_count=max(0, max(request_count, lease.waiting) - left_requests),
             token_count=max(0, token_count - lease.tokens) if lease.tokens < _ENDLESS else 0,
             concurrency=concurrency,
             nano_usd=money,
