@@ -14,6 +14,7 @@ from services.cli.client import failures, pages
 from services.cli.jobs import jobs
 from services.cli.rendering import (
     money,
+    open_console,
     print_failure,
     print_json,
     print_receipt,
@@ -211,7 +212,7 @@ def explain(
 
 def main() -> NoReturn:
     """The entry point. Failures are words and exit code 1, faults of usage 2, Ctrl-C 130."""
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     try:
         app()
     except Failure as failure:

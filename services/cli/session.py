@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from services.cli.client import Client, connect
 from services.cli.rendering import open_console
-from services.cli.state import READY_NAME, Ready, default_state_dir
+from services.cli.state import Ready
 
 StateDirOption = Annotated[
     Path | None,
@@ -33,9 +33,9 @@ class Session:
 
     def __init__(self, state_dir: Path | None, timeout: float, *, key: str | None = None) -> None:
         self.console = open_console()
-        self.errors = Console(stderr=True)
+        self.errors = open_console(stderr=True)
         self.timeout = timeout
-        self.ready = Ready.read((state_dir or default_state_dir()) / READY_NAME)
+        self.ready = Ready.found(state_dir, os.environ)
         self._key = key
         self._stack = contextlib.ExitStack()
         self.client: Client

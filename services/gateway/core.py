@@ -316,7 +316,23 @@ class Core:
         self._enter()
         try:
             if not await self._prepare(facts, deadline, forward, streaming=False):
-                await self._run(facts, deadline, forward)
+                # The execution stands here and not in a coroutine of its own: each is one more frame at every step of the wait.
+                cost: int | None = 0
+                try:
+                    wanted = execution_service_pb2.CompleteRequest()
+                    fill_request(wanted, facts)
+                    timeout = deadline - self._clock()
+                    if timeout <= 0:
+                        raise deadline_exceeded("a provider")
+                    cost = None
+                    response = await self._complete(wanted, timeout=timeout, metadata=forward)
+                    cost = response.cost_nano_usd
+                except Failure as failure:
+                    cost = settled_cost(failure)
+                    raise
+                finally:
+                    self._release(facts, cost)
+                self._take_in(facts, response)
             return self._finish(facts)
         except BaseException as error:
             self._fail(facts, error)
@@ -698,24 +714,6 @@ class Core:
             self._leases.settle(lease, facts.generation, amount, cost)
 
     # Execution
-
-    async def _run(self, facts: Facts, deadline: float, forward: Metadata) -> None:
-        cost: int | None = 0
-        try:
-            request = execution_service_pb2.CompleteRequest()
-            fill_request(request, facts)
-            timeout = deadline - self._clock()
-            if timeout <= 0:
-                raise deadline_exceeded("a provider")
-            cost = None
-            response = await self._complete(request, timeout=timeout, metadata=forward)
-            cost = response.cost_nano_usd
-        except Failure as failure:
-            cost = settled_cost(failure)
-            raise
-        finally:
-            self._release(facts, cost)
-        self._take_in(facts, response)
 
     async def _run_stream(
         self, facts: Facts, accepted_wire: int, deadline: float, forward: Metadata

@@ -29,7 +29,8 @@ def fill_request(
 ) -> None:
     """Fills an empty request with what was prepared."""
     wanted = facts.request
-    plan, lease = facts.plan, facts.lease
+    plan, lease, shape = facts.plan, facts.lease, facts.shape
+    assert shape is not None, "checked before"
     assert plan is not None, "planned before"
     assert lease is not None, "admitted before"
     assert facts.input_count is not None, "counted before"
@@ -54,12 +55,11 @@ def fill_request(
     conversation.CopyFrom(wanted.conversation)
     if facts.max_output:
         conversation.max_output_tokens = facts.max_output
-    metadata = wanted.metadata
-    if metadata:
-        request.metadata.MergeFrom(metadata)
-    end_user = wanted.end_user
-    if end_user:
-        request.end_user_hash = end_user_hash(facts.principal, end_user)
+    if shape.has_labels:
+        request.metadata.MergeFrom(wanted.metadata)
+        end_user = wanted.end_user
+        if end_user:
+            request.end_user_hash = end_user_hash(facts.principal, end_user)
     request.input_count.CopyFrom(facts.input_count)
 
 

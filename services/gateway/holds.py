@@ -142,11 +142,14 @@ def reckon(candidates: Sequence[Payable], prompt: Prompt) -> Reckoning:
             least = 0
             continue
         input_tokens, output_tokens = prompt.bounds(candidate, counted)
-        cost = worst_cost(tariff, input_tokens, output_tokens, prompt.image_count)
+        output_price = tariff.output_nano_usd_per_million
+        # `worst_cost`, written out: this runs for every candidate of every request.
+        cost = -(-(input_tokens * tariff.input_nano_usd_per_million + output_tokens * output_price) // _MILLION)
+        cost += prompt.image_count * tariff.image_nano_usd + tariff.request_nano_usd
         if cost > worst:
             worst = cost
         if output_tokens > prompt.min_output:
-            spared = (output_tokens - prompt.min_output) * tariff.output_nano_usd_per_million // _MILLION
+            spared = (output_tokens - prompt.min_output) * output_price // _MILLION
             cost -= spared
         if least < 0 or cost < least:
             least = cost

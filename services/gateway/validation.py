@@ -41,8 +41,8 @@ class Shape:
     """What was seen of a conversation while it was checked."""
 
     __slots__ = (
-        "byte_count", "image_bytes", "image_count", "is_plain", "last_user_text", "max_output_tokens", "message_count", "routing",
-        "tool_count",
+        "byte_count", "conversation", "has_labels", "image_bytes", "image_count", "is_plain", "last_user_text", "max_output_tokens",
+        "message_count", "routing", "tool_count",
     )  # fmt: skip
 
     def __init__(self, byte_count: int) -> None:
@@ -53,12 +53,16 @@ class Shape:
         self.message_count = 0
         self.tool_count = 0
         self.last_user_text = ""
+        self.conversation: conversation_pb2.Conversation | None = None
+        """What was checked. Kept since a message that nobody holds is wrapped anew at each read of its field."""
         self.is_plain = False
         """The conversation has turns and nothing else."""
         self.max_output_tokens = 0
         """As the conversation says; 0: it doesn't."""
         self.routing: inference_service_pb2.RoutingWishes | None = None
         """As the request says; None: it doesn't."""
+        self.has_labels = False
+        """The request has metadata or an end user."""
 
     def text_bytes(self) -> int:
         """Most bytes that its texts have; no tokenizer that works on bytes makes more tokens than that, its template's aside."""
@@ -83,6 +87,7 @@ def check_generate(request: inference_service_pb2.GenerateRequest, max_bytes: in
     if not 0 <= request.receipt_view <= _LAST_RECEIPT_VIEW:
         raise invalid("receipt_view", f"has the unknown value {request.receipt_view}")
     if request.metadata or request.end_user:
+        shape.has_labels = True
         _check_labels(request)
     return shape
 
@@ -136,6 +141,7 @@ def check_conversation(conversation: conversation_pb2.Conversation, max_bytes: i
     if not 1 <= count <= _MAX_MESSAGES:
         raise invalid("conversation.messages", f"must have 1 to 2,048 turns, has {count}")
     shape = Shape(byte_count)
+    shape.conversation = conversation
     shape.message_count = count
     for index, message in enumerate(messages):
         _check_message(message, index, shape)
