@@ -152,13 +152,11 @@ def locked(state: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            words = f"another `sluice up` is starting or stopping with {str(state)!r}; wait for it"
             with contextlib.suppress(Failure):
                 running = Ready.read(state / READY_NAME)
-                words = f"Sluice runs there already: pid {running.supervisor_pid}, {running.http}"
-                raise invalid("--state-dir", f"{words}; stop it, or name another directory") from None
-            raise invalid(
-                "--state-dir", f"another `sluice up` is starting or stopping with {str(state)!r}; wait for it"
-            ) from None
+                words = f"Sluice runs there already: pid {running.supervisor_pid}, {running.http}; stop it, or name another directory"
+            raise invalid("--state-dir", words) from None
         yield
 
 

@@ -30,6 +30,10 @@ _MARGIN: Final = 0.02
 """Seconds of the caller's deadline that are kept for what comes after the provider's answer."""
 _LEAST: Final = 0.01
 _BILLION: Final = 1_000_000_000
+_LARGEST_FRAME: Final = 600
+_BYTES_PER_TOKEN: Final = 4
+_MOST_TOKENS: Final = 100_000_000
+"""Of one answer; a provider that reports more reports nonsense."""
 _OVERRUN: Final = 1.1
 """A stream is cut when it has produced this many times the tokens that its hold covers: providers keep max_tokens, mostly."""
 _REASONS: Final = {reason: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason.value}") for reason in Reason}
@@ -78,8 +82,14 @@ class _Attempt:
             task_type=billing.task_type,
             attempt_number=number,
             price_version=self.price.price_version if self.price is not None else "",
-            usage=answer_pb2.Usage(input_token_count=count, source=answer_pb2.USAGE_SOURCE_ESTIMATED) if count else None,
         )
+        if count:
+            usage = self.record.usage
+            usage.input_token_count = count
+            usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
+            if self.price is not None:
+                # What a crash of ours may have cost: the prompt at least.
+                self.record.cost_nano_usd = cost_of(self.price, usage)
 
     def end(
         self,
@@ -253,7 +263,9 @@ class Operation:
         `is_stale`: the connection had been kept too long, and the same candidate is tried again; that tells nothing of its health.
         """
         breaker = attempt.target.breaker
-        if failure.ends_chain or is_stale:
+        if failure.ends_chain or is_stale or failure.reason is Reason.OVERLOADED or self._is_over(failure):
+            # None of these tells of the provider's health: not our own full pool, and not the deadline of a caller in a hurry, by which
+            # one tenant could take a model away from all.
             breaker.ignored()
         else:
             breaker.failed(failure.retry_delay)
@@ -261,9 +273,17 @@ class Operation:
         if failure.retry_delay is not None:
             known = self._retry_delay
             self._retry_delay = failure.retry_delay if known is None else min(known, failure.retry_delay)
-        attempt.end(receipt_pb2.ATTEMPT_OUTCOME_FAILED, usage=None, is_final=is_last or failure.ends_chain, failure=failure)
+        # What the provider has read it bills, whether an answer came of it or not.
+        usage = self._partial(0) if failure.was_read and self.input_count else None
+        attempt.end(receipt_pb2.ATTEMPT_OUTCOME_FAILED, usage=usage, is_final=is_last or failure.ends_chain, failure=failure)
         if failure.ends_chain:
             raise failure
+
+    def _is_over(self, failure: AttemptFailed) -> bool:
+        """Whether it was the caller's own deadline that ended the attempt, not one of ours."""
+        if failure.reason is not Reason.PROVIDER_TIMEOUT or failure.status:
+            return False
+        return asyncio.get_running_loop().time() >= self._deadline - _MARGIN - _LEAST
 
     def _dropped(self, attempt: _Attempt, usage: answer_pb2.Usage | None, error: BaseException) -> None:
         """Settles an attempt that ended by something else than its provider: its caller went away, or a fault of ours."""
@@ -271,7 +291,11 @@ class Operation:
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             outcome, failure = receipt_pb2.ATTEMPT_OUTCOME_CANCELLED, Failure(Reason.CANCELLED, "the caller went away")
         else:
-            outcome = receipt_pb2.ATTEMPT_OUTCOME_FAILED if usage is None else receipt_pb2.ATTEMPT_OUTCOME_BROKEN
+            outcome = (
+                receipt_pb2.ATTEMPT_OUTCOME_BROKEN
+                if usage is not None and usage.output_token_count
+                else receipt_pb2.ATTEMPT_OUTCOME_FAILED
+            )
             failure = Failure(Reason.INTERNAL, "a fault of ours")
         attempt.end(outcome, usage=usage, is_final=True, failure=failure)
 
@@ -309,7 +333,7 @@ class Operation:
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
                     raise
                 except BaseException as error:
-                    self._dropped(attempt, None, error)
+                    self._dropped(attempt, self._partial(0) if self.input_count else None, error)
                     raise
                 attempt.target.breaker.succeeded()
                 self._account(completed.answer)
@@ -320,6 +344,9 @@ class Operation:
     def _account(self, answer: answer_pb2.Answer) -> None:
         """Fills in usage that the provider did not report."""
         usage = answer.usage
+        if usage.source != answer_pb2.USAGE_SOURCE_UNSPECIFIED and not _is_possible(usage):
+            # Numbers that can't be: the ledger would refuse them, and what was spent would never be booked.
+            usage.Clear()
         if usage.source == answer_pb2.USAGE_SOURCE_UNSPECIFIED:
             usage.input_token_count = self.input_count
             usage.output_token_count = _estimated_output(answer)
@@ -369,7 +396,7 @@ class Operation:
                     self._failure(attempt, failure, is_last=is_last)
                     break
                 except BaseException as error:
-                    self._dropped(attempt, None, error)
+                    self._dropped(attempt, self._partial(0) if self.input_count else None, error)
                     await _closed(pieces)
                     raise
                 attempt.first = time.time_ns()
@@ -380,7 +407,9 @@ class Operation:
         self, attempt: _Attempt, pieces: AsyncIterator[Any], piece: Any, is_wire: bool, most_tokens: int
     ) -> AsyncGenerator[Any, None]:
         """The answer from its first piece on. However it ends, the attempt is settled before this generator is done."""
-        produced = 0
+        produced = _Produced()
+        # Without a limit of the caller's the hold covers what the model can give at most.
+        most_tokens = most_tokens or attempt.candidate.max_output_tokens
         limit = int(most_tokens * _OVERRUN) + 16 if most_tokens and self.billing.hold_nano_usd else 0
         try:
             yield pb2.CompletionOpened(
@@ -389,10 +418,10 @@ class Operation:
                 is_wire=is_wire and not isinstance(piece, pb2.DeltaBatch),
             )
             while not isinstance(piece, Completed):
-                produced += piece.count(b"data:") if isinstance(piece, bytes) else len(piece.deltas)
+                produced.add(piece)
                 yield piece
-                if limit and produced > limit:
-                    piece = self._cut(attempt, produced)
+                if limit and produced.tokens > limit:
+                    piece = self._cut(attempt, produced.tokens)
                     break
                 piece = await anext(pieces)
             self._account(piece.answer)
@@ -401,20 +430,20 @@ class Operation:
             yield piece
         except StopAsyncIteration:
             failure = AttemptFailed(Reason.PROVIDER_STREAM_BROKEN, "the provider's stream ended before its answer did")
-            self._broken(attempt, failure, produced)
+            self._broken(attempt, failure, produced.tokens)
             raise failure from None
         except AttemptFailed as failure:
-            self._broken(attempt, failure, produced)
+            self._broken(attempt, failure, produced.tokens)
             raise
         except BaseException as error:
             if not attempt.settled:
-                self._dropped(attempt, self._partial(produced), error)
+                self._dropped(attempt, self._partial(produced.tokens), error)
             raise
         finally:
             await _closed(pieces)
 
     def _partial(self, produced: int) -> answer_pb2.Usage:
-        """Usage of an answer that did not end: the prompt as we counted it, and a token for each piece that came."""
+        """Usage of an answer that did not end: the prompt as we counted it, and the tokens that came, as far as can be seen."""
         return answer_pb2.Usage(
             input_token_count=self.input_count, output_token_count=produced, source=answer_pb2.USAGE_SOURCE_ESTIMATED
         )
@@ -476,10 +505,47 @@ class Operation:
         raise self._exhausted()
 
 
+class _Produced:
+    """How many tokens a stream has given so far, without parsing it: one for each event, and of long events, since some providers put
+    many tokens into one, one for every few bytes beyond the frame that all events have.
+    """
+
+    __slots__ = ("_frame", "tokens")
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._frame = _LARGEST_FRAME
+
+    def add(self, piece: Any) -> None:
+        """Counts a piece."""
+        if type(piece) is bytes:
+            count = piece.count(b"data:")
+            size = len(piece)
+            if count:
+                self._frame = min(self._frame, size // count)
+            self.tokens += max(count, (size - count * self._frame) // _BYTES_PER_TOKEN)
+        else:
+            for delta in piece.deltas:
+                size = len(delta.text) + len(delta.refusal) + len(delta.reasoning.text) + len(delta.tool_call.arguments_json)
+                self.tokens += max(1, size // _BYTES_PER_TOKEN)
+
+
 async def _closed(pieces: AsyncIterator[Any]) -> None:
     close = getattr(pieces, "aclose", None)
     if close is not None:
         await close()
+
+
+def _is_possible(usage: answer_pb2.Usage) -> bool:
+    counts = (
+        usage.input_token_count,
+        usage.cached_input_token_count,
+        usage.cache_write_token_count,
+        usage.output_token_count,
+        usage.reasoning_token_count,
+        usage.image_count,
+    )
+    return min(counts) >= 0 and max(counts) <= _MOST_TOKENS
 
 
 def _estimated_output(answer: answer_pb2.Answer) -> int:
@@ -498,6 +564,5 @@ def lost(record: metering_service_pb2.Settlement) -> metering_service_pb2.Settle
     settled.outcome = receipt_pb2.ATTEMPT_OUTCOME_LOST
     settled.error_reason = error_reason_pb2.ERROR_REASON_INTERNAL
     settled.payer = metering_service_pb2.PAYER_PLATFORM
-    settled.price_version = ""
     settled.is_final = True
     return settled

@@ -28,13 +28,22 @@ class AttemptFailed(ExecutionError):
     """One attempt failed. `status` is the provider's HTTP status, 0 when there was none."""
 
     def __init__(
-        self, reason: Reason, message: str, *, status: int = 0, retry_delay: float | None = None, param: str = ""
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        status: int = 0,
+        retry_delay: float | None = None,
+        param: str = "",
+        was_read: bool = False,
     ) -> None:
+        """`was_read`: the provider has likely worked on the prompt, and bills it, though no answer came of it."""
         metadata = {"provider_status": str(status)} if status else {}
         if param:
             metadata["field"] = param
         super().__init__(reason, message, metadata=metadata, retry_delay=retry_delay)
         self.status = status
+        self.was_read = was_read
 
     @property
     def ends_chain(self) -> bool:

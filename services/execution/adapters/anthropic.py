@@ -40,7 +40,8 @@ _FINISHES: Final = {
     "model_context_window_exceeded": answer_pb2.FINISH_REASON_LENGTH,
     "tool_use": answer_pb2.FINISH_REASON_TOOL_CALLS,
     "refusal": answer_pb2.FINISH_REASON_CONTENT_FILTER,
-    "pause_turn": answer_pb2.FINISH_REASON_STOP,
+    # The turn is to be gone on with: what is there isn't the whole.
+    "pause_turn": answer_pb2.FINISH_REASON_ERROR,
 }
 _FORMAT_TOOL: Final = "answer"
 """Anthropic gives no grammar for JSON; a tool whose input is the schema, and which must be called, is its own advice."""
@@ -207,7 +208,7 @@ def answer_of(document: Any, model: str, *, formatted: bool) -> answer_pb2.Answe
 
 
 def _finish(reason: str | None, formatted: bool) -> answer_pb2.FinishReason.ValueType:
-    finish = _FINISHES.get(reason or "end_turn", answer_pb2.FINISH_REASON_STOP)
+    finish = _FINISHES.get(reason or "", answer_pb2.FINISH_REASON_ERROR)
     return answer_pb2.FINISH_REASON_STOP if formatted and finish == answer_pb2.FINISH_REASON_TOOL_CALLS else finish
 
 

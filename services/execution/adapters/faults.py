@@ -24,7 +24,14 @@ _WINDOW_WORDS: Final = (
     "exceed_context_size",
     "exceeds the maximum number of tokens allowed",
 )
-_BILLING_WORDS: Final = ("insufficient_quota", "credit balance is too low", "billing")
+_BILLING_WORDS: Final = (
+    "insufficient_quota",
+    "credit balance is too low",
+    "billing_not_active",
+    "billing_error",
+    "billing hard limit",
+)
+"""Whole phrases: in a refusal the provider repeats what the caller wrote, which may well be about billing."""
 _CREDENTIAL_WORDS: Final = ("api key not valid", "api key expired", "api_key_invalid")
 """Gemini refuses a bad key with status 400."""
 _LONGEST_FIELD: Final = 200
@@ -130,4 +137,4 @@ def json_of(text: str, where: str) -> Any:
 
 def malformed(what: str) -> AttemptFailed:
     """The failure of an answer that isn't what the API promises."""
-    return AttemptFailed(Reason.PROVIDER_MALFORMED, f"the provider's answer is malformed: {what}")
+    return AttemptFailed(Reason.PROVIDER_MALFORMED, f"the provider's answer is malformed: {what}", was_read=True)

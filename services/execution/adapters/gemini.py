@@ -175,7 +175,7 @@ class Gathered:
                 for part in (candidate.get("content") or {}).get("parts") or ():
                     deltas += self._part(part)
                 if candidate.get("finishReason"):
-                    self.finish = _FINISHES.get(candidate["finishReason"], answer_pb2.FINISH_REASON_STOP)
+                    self.finish = _FINISHES.get(candidate["finishReason"], answer_pb2.FINISH_REASON_ERROR)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise malformed(f"no response ({type(error).__name__})") from None
         return deltas

@@ -104,7 +104,11 @@ class _Connection(asyncio.Protocol):
                 self._fail(ConnectionStale())
             else:
                 reason = Reason.PROVIDER_STREAM_BROKEN if self._size else Reason.PROVIDER_UNAVAILABLE
-                self._fail(AttemptFailed(reason, "the provider closed the connection in the middle of its answer"))
+                self._fail(
+                    AttemptFailed(
+                        reason, "the provider closed the connection in the middle of its answer", was_read=self._started
+                    )
+                )
 
     def _until_close(self) -> bool:
         return b"content-length" not in self._headers and b"transfer-encoding" not in self._headers
@@ -267,7 +271,7 @@ class _Connection(asyncio.Protocol):
             more.set_result(None)
 
     def _expire(self) -> None:
-        self._fail(AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time"))
+        self._fail(AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time", was_read=True))
 
     def _fail(self, error: AttemptFailed) -> None:
         if self._error is None:
@@ -354,9 +358,7 @@ class Pool:
                 continue
             return connection
         if len(self._all) + self._connecting >= self._max:
-            raise AttemptFailed(
-                Reason.PROVIDER_OVERLOADED, f"all {self._max} connections to the provider are in use", retry_delay=1.0
-            )
+            raise AttemptFailed(Reason.OVERLOADED, f"all {self._max} connections to the provider are in use", retry_delay=1.0)
         self._connecting += 1
         try:
             async with asyncio.timeout(self._connect_timeout):

@@ -190,6 +190,11 @@ def usage_of(raw: Mapping[str, Any], usage: answer_pb2.Usage) -> None:
     usage.source = answer_pb2.USAGE_SOURCE_REPORTED
 
 
+def _finish(reason: object) -> answer_pb2.FinishReason.ValueType:
+    """Servers have reasons of their own (`abort`, `insufficient_system_resource`, none at all): such an answer isn't known to be whole."""
+    return _FINISHES.get(reason, answer_pb2.FINISH_REASON_ERROR) if isinstance(reason, str) else answer_pb2.FINISH_REASON_ERROR
+
+
 def answer_of(document: Any, model: str) -> answer_pb2.Answer:
     """The answer in a chat completion. Raises AttemptFailed when it isn't one."""
     try:
@@ -212,7 +217,7 @@ def answer_of(document: Any, model: str) -> answer_pb2.Answer:
             made.id = call.get("id") or ""
             made.name = call["function"]["name"]
             made.arguments_json = call["function"].get("arguments") or "{}"
-        answer.finish_reason = _FINISHES.get(choice.get("finish_reason") or "stop", answer_pb2.FINISH_REASON_STOP)
+        answer.finish_reason = _finish(choice.get("finish_reason"))
         logprobs = choice.get("logprobs")
         if logprobs:
             answer.logprobs_json = orjson.dumps(logprobs).decode()
@@ -252,7 +257,7 @@ class Gathered:
             deltas: list[answer_pb2.Delta] = []
             for choice in document.get("choices") or ():
                 if choice.get("finish_reason"):
-                    self.finish = _FINISHES.get(choice["finish_reason"], answer_pb2.FINISH_REASON_STOP)
+                    self.finish = _finish(choice["finish_reason"])
                 if choice.get("logprobs"):
                     self._logprobs.append(choice["logprobs"])
                 delta = choice.get("delta")
@@ -297,11 +302,11 @@ class Gathered:
         if self._size <= MOST_KEPT:
             pieces.append(piece)
 
-    def answer(self, *, complete: bool = True) -> answer_pb2.Answer:
-        """The answer so far."""
+    def answer(self) -> answer_pb2.Answer:
+        """The answer so far; without a finish reason it isn't known to be whole, which is an ERROR."""
         answer = answer_pb2.Answer(model=self._model, provider_response_id=self.response_id)
         answer.usage.CopyFrom(self.usage)
-        answer.finish_reason = self.finish or (answer_pb2.FINISH_REASON_STOP if complete else answer_pb2.FINISH_REASON_ERROR)
+        answer.finish_reason = self.finish or answer_pb2.FINISH_REASON_ERROR
         turn = answer.message
         turn.role = conversation_pb2.ROLE_ASSISTANT
         if self._size > MOST_KEPT:

@@ -198,7 +198,7 @@ async def test_an_error_in_a_stream_that_passes_through_is_not_passed_on() -> No
         ("stop_sequence", answer_pb2.FINISH_REASON_STOP),
         ("max_tokens", answer_pb2.FINISH_REASON_LENGTH),
         ("refusal", answer_pb2.FINISH_REASON_CONTENT_FILTER),
-        ("something_new", answer_pb2.FINISH_REASON_STOP),
+        ("something_new", answer_pb2.FINISH_REASON_ERROR),
     ],
 )
 async def test_ends(stop: str, finish: answer_pb2.FinishReason.ValueType) -> None:
