@@ -104,6 +104,10 @@ def lookup_to_proto(
             scope.append(f"region={region}")
         if routing.HasField("allow_fallback"):
             scope.append(f"allow_fallback={routing.allow_fallback}")
+        if routing.HasField("max_cost_nano_usd"):
+            scope.append(f"max_cost={routing.max_cost_nano_usd}")
+        if routing.HasField("max_latency"):
+            scope.append(f"max_latency={routing.max_latency.ToMilliseconds()}")
     if principal.allowed_models:
         # A key must not get from the cache what it may not get from a model.
         scope.append("allowed=" + ",".join(principal.allowed_models))
@@ -116,12 +120,20 @@ def lookup_to_proto(
 
 
 def may_store(facts: Facts, answer: answer_pb2.Answer) -> bool:
-    """Whether an answer is complete, unfiltered and wanted in the cache. One that our own clamp cut short is not what was asked for."""
-    lookup = facts.lookup
-    if lookup is None or not lookup.ticket or not answer.message.parts:
+    """Whether an answer is complete, unfiltered, wanted in the cache, and by the model that such requests are meant for.
+
+    One that was cut at a length is what was asked for only where the caller named the length and we didn't shorten it. That of a fallback
+    serves once: an hour's outage must not become the answer of the next.
+    """
+    lookup, plan = facts.lookup, facts.plan
+    if lookup is None or plan is None or not lookup.ticket or not answer.message.parts:
+        return False
+    if answer.model != plan.meant:
         return False
     finish = answer.finish_reason
-    return finish in _COMPLETE or (finish == answer_pb2.FINISH_REASON_LENGTH and facts.max_output == 0)
+    if finish == answer_pb2.FINISH_REASON_LENGTH:
+        return facts.max_output == 0 and facts.request.conversation.max_output_tokens > 0
+    return finish in _COMPLETE
 
 
 class CacheWriter:

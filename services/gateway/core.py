@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from services.gateway import validation
 from services.gateway.breakers import Breaker
@@ -30,7 +30,7 @@ from services.gateway.leases import Lease, Leases
 from services.gateway.needs import find_needs
 from services.gateway.operations import OperationIds, Requests
 from services.gateway.outcomes import Outcomes, Report
-from services.gateway.plans import Plan, PlanFields, PlanKey, Plans, round_up
+from services.gateway.plans import OUTAGES, Plan, PlanFields, PlanKey, Plans, round_up
 from services.gateway.ports import Metering
 from services.gateway.principals import Principal
 from services.gateway.receipts import Completion, Facts, receipt_to_proto
@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from sluice.tokenization.v1.tokenization_service_pb2_grpc import TokenizationServiceAsyncStub
 
 __all__ = ["Completion", "Core", "CoreLimits", "Opened", "Peers", "Principal", "StreamEvent", "Surroundings"]
+
+_VERSION_RETRY_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ class Core:
     ) -> Completion:
         self._check_id(principal, request.request_id)
         result = await self._sharing.run(
-            principal.tenant_id,
+            _scope(principal),
             request.request_id,
             request,
             "generate",
@@ -202,7 +204,7 @@ class Core:
             return await self._embed(principal, request, deadline, forward)
         self._check_id(principal, request.request_id)
         result = await self._sharing.run(
-            principal.tenant_id,
+            _scope(principal),
             request.request_id,
             request,
             "embed",
@@ -385,7 +387,7 @@ class Core:
     ) -> AsyncGenerator[StreamEvent, None]:
         self._check_id(principal, request.request_id)
         shared = self._sharing.stream(
-            principal.tenant_id,
+            _scope(principal),
             request.request_id,
             request,
             "generate",
@@ -429,6 +431,8 @@ class Core:
                 # The first request of the process: the version is a part of every cache key.
                 await self._plan(facts, shape, deadline, forward, streaming=streaming)
                 version = self._plans.policy_version
+            elif self._clock() >= self._plans.version_fresh_until:
+                version = await self._renewed_version(facts, shape, deadline, forward, streaming=streaming)
             left = deadline - self._clock()
             if left <= 0:
                 raise deadline_exceeded("the cache")
@@ -452,6 +456,18 @@ class Core:
         if waiting is not None:
             await waiting
         return False
+
+    async def _renewed_version(self, facts: Facts, shape: Shape, deadline: float, forward: Metadata, *, streaming: bool) -> str:
+        """The version of the policies now; the last one known while routing can't be reached, since the cache answers on."""
+        plans = self._plans
+        # One request asks; those that come meanwhile go on with what is known.
+        plans.version_fresh_until = self._clock() + _VERSION_RETRY_SECONDS
+        try:
+            await self._plan(facts, shape, deadline, forward, streaming=streaming)
+        except Failure as failure:
+            if failure.reason not in OUTAGES:
+                raise
+        return plans.policy_version
 
     async def _plan(
         self, facts: Facts, shape: Shape, deadline: float, forward: Metadata, *, streaming: bool, input_bound: int = 0
@@ -944,3 +960,8 @@ def _weigh(event: StreamEvent) -> int:
 
 def _model(request: inference_service_pb2.GenerateRequest) -> str:
     return request.routing.model or "auto"
+
+
+def _scope(principal: Principal) -> str:
+    """Whose request ids these are: another key may not be allowed what this one is, and must not get its answers."""
+    return f"{principal.tenant_id}/{principal.key_id}"

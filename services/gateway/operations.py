@@ -60,7 +60,19 @@ class Shared(Generic[Result]):
     """One operation that several callers wait for, and the pieces of its stream so far."""
 
     __slots__ = (
-        "_base", "_changed", "_kept_bytes", "_pieces", "_readers", "failure", "fingerprint", "result", "size", "waiters", "wire", "work",
+        "_base",
+        "_changed",
+        "_kept_bytes",
+        "_pieces",
+        "_readers",
+        "abandon",
+        "failure",
+        "fingerprint",
+        "result",
+        "size",
+        "waiters",
+        "wire",
+        "work",
     )  # fmt: skip
 
     def __init__(self, fingerprint: bytes) -> None:
@@ -73,6 +85,8 @@ class Shared(Generic[Result]):
         self.wire = 0
         """Wire format of the stream; 0: none in particular."""
         self.work: asyncio.Task[None] | None = None
+        self.abandon: Callable[[], None] | None = None
+        """Lets a new operation take this one's request id."""
         self._pieces: deque[tuple[object, int]] = deque()
         self._base = 0
         self._kept_bytes = 0
@@ -233,6 +247,12 @@ class Requests(Generic[Result]):
         shared: Shared[Result] = Shared(fingerprint)
         self._running[tenant_id, request_id] = shared
         return shared
+
+    def abandon(self, tenant_id: str, request_id: str, shared: Shared[Result]) -> None:
+        """The operation is about to be cancelled: who comes from now on begins another."""
+        key = (tenant_id, request_id)
+        if self._running.get(key) is shared:
+            del self._running[key]
 
     def end(self, tenant_id: str, request_id: str, shared: Shared[Result], size: int) -> None:
         """Moves an operation to the finished ones, or forgets it when it has no result. `size` is its weight in bytes."""

@@ -25,7 +25,7 @@ from sluice.inference.v1 import receipt_pb2
 from sluice.metering.v1 import price_pb2
 from sluice.routing.v1 import routing_service_pb2
 
-_OUTAGES: Final = frozenset((Reason.DEPENDENCY_UNAVAILABLE, Reason.DEADLINE_EXCEEDED, Reason.OVERLOADED, Reason.DRAINING))
+OUTAGES: Final = frozenset((Reason.DEPENDENCY_UNAVAILABLE, Reason.DEADLINE_EXCEEDED, Reason.OVERLOADED, Reason.DRAINING))
 _MAX_STALE_SECONDS: Final = 3600.0
 
 
@@ -77,7 +77,7 @@ class Plan:
     """A plan of routing."""
 
     __slots__ = (
-        "candidates", "fresh_until", "has_unbounded", "messages", "policy", "policy_version", "response", "task_type", "templates",
+        "candidates", "fresh_until", "has_unbounded", "meant", "messages", "policy", "policy_version", "response", "task_type", "templates",
     )  # fmt: skip
 
     def __init__(
@@ -88,6 +88,8 @@ class Plan:
         self.policy = response.policy
         self.policy_version = response.policy_version
         self.task_type = response.task_type
+        self.meant: str = response.named_model or (candidates[0].model if candidates else "")
+        """The model that such requests are for: the one that the caller named, else the policy's first."""
         self.candidates = candidates
         self.messages = tuple(candidate.message for candidate in candidates)
         self.has_unbounded = any(not (candidate.max_output_tokens or candidate.context_window) for candidate in candidates)
@@ -117,6 +119,9 @@ class Plans:
         self._breaker = Breaker()
         self.policy_version = ""
         """Of the latest plan; empty: none was made yet."""
+        self.version_fresh_until = 0.0
+        """Moment from which on the version is to be asked for again, though only answers from the cache are given: it is a part of their
+        keys, and a catalogue that has changed must end them."""
 
     def get(self, key: PlanFields) -> Plan | None:
         """A plan that is fresh. `key` is a PlanKey, or its plain fields: making the one of the other costs more than this."""
@@ -141,7 +146,7 @@ class Plans:
                 key, lambda: self._ask(key, min(timeout, self._call_seconds), metadata), timeout
             ), False
         except Failure as failure:
-            if failure.reason not in _OUTAGES:
+            if failure.reason not in OUTAGES:
                 raise
             return self._stand_in(key, failure), True
 
@@ -157,7 +162,7 @@ class Plans:
         try:
             response = await self._call(plan_request_to_proto(key), timeout=timeout, metadata=metadata)
         except Failure as failure:
-            if failure.reason in _OUTAGES:
+            if failure.reason in OUTAGES:
                 self._breaker.failed(self._clock())
             else:
                 self._breaker.succeeded()
@@ -171,6 +176,7 @@ class Plans:
         reuse = response.reuse_duration
         plan = Plan(response, candidates, self._clock() + reuse.seconds + reuse.nanos / 1e9)
         self.policy_version = response.policy_version
+        self.version_fresh_until = plan.fresh_until
         _remember(self._plans, key, plan, self._max_count)
         if candidates:
             _remember(self._last_good, key.essence(), plan, self._max_count)

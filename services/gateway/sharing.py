@@ -105,6 +105,7 @@ class Sharing:
         if known is not None:
             return known, False
         shared = requests.begin(tenant_id, request_id, mark)
+        shared.abandon = lambda: requests.abandon(tenant_id, request_id, shared)
 
         async def run() -> None:
             size = 0
@@ -133,6 +134,8 @@ def _waiting(shared: Shared[Answered]) -> Iterator[None]:
     finally:
         shared.waiters -= 1
         if shared.waiters == 0 and not shared.is_done() and shared.work is not None:
+            if shared.abandon is not None:
+                shared.abandon()
             shared.work.cancel()
 
 

@@ -39,6 +39,8 @@ class Plan:
     refusals: tuple[Refusal, ...]
     policy: str
     verdict: Verdict
+    named: str
+    """The model that the caller named; empty: a policy chose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ class Planner:
             else:
                 refusals.append(refusal)
         ranked = self._rank(ask, chain, field, self.catalogue.times[verdict.task_type].latency_target)
-        return Plan(tuple(ranked), tuple(refusals), chain.name, verdict)
+        named = "" if chain.name else chain.models[0]
+        return Plan(tuple(ranked), tuple(refusals), chain.name, verdict, named)
 
     def health(self, name: str) -> str:
         """Why a model can't be called at the moment; empty: it can."""

@@ -107,6 +107,7 @@ def plan_to_proto(plan: Plan, planner: Planner, reuse: Duration) -> pb2.PlanResp
         task_type_reason=plan.verdict.reason,
         latency_target=_duration(times.latency_target),
         reuse_duration=reuse,
+        named_model=plan.named,
     )
 
 

@@ -9,11 +9,13 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from services.gateway.cache import lookup_to_proto, may_store
+from services.gateway.plans import Plan
 from services.gateway.principals import Principal
 from services.gateway.receipts import Facts
 from services.runtime.errors import Failure
 from sluice.caching.v1 import caching_service_pb2
 from sluice.inference.v1 import inference_service_pb2, receipt_pb2
+from sluice.routing.v1 import routing_service_pb2
 from tests.unit.gateway.fakes import PRINCIPAL, World, answer, down, generate
 
 
@@ -21,6 +23,7 @@ def facts_of(*, ticket: bytes = b"t", **fields: object) -> Facts:
     """Facts after a lookup."""
     facts = Facts("A" * 26, PRINCIPAL, generate(**fields), "generate", 1, 1)  # type: ignore[arg-type]
     facts.lookup = caching_service_pb2.LookupResponse(ticket=ticket)
+    facts.plan = Plan(routing_service_pb2.PlanResponse(named_model=answer().model), (), 1e12)
     return facts
 
 
@@ -37,6 +40,20 @@ def test_the_lookup_has_everything_that_scopes_an_answer() -> None:
     assert lookup.wishes.cache_namespace == "mine"
     assert lookup.routing_scope == "region=eu\nallow_fallback=False\necho.a=1\necho.b=2"
     assert lookup.conversation == request.conversation
+
+
+def test_wishes_that_may_change_which_model_answers_are_a_part_of_the_scope() -> None:
+    scopes = {
+        lookup_to_proto(PRINCIPAL, generate(routing=routing), "v1").routing_scope
+        for routing in (
+            inference_service_pb2.RoutingWishes(),
+            inference_service_pb2.RoutingWishes(max_cost_nano_usd=0),
+            inference_service_pb2.RoutingWishes(max_cost_nano_usd=5),
+            inference_service_pb2.RoutingWishes(max_latency=Duration(seconds=1)),
+            inference_service_pb2.RoutingWishes(region="eu"),
+        )
+    }
+    assert len(scopes) == 5
 
 
 def test_auto_and_nothing_are_one_name() -> None:
@@ -59,8 +76,24 @@ def test_the_keys_namespace_serves_when_the_request_names_none() -> None:
 )  # fmt: skip
 def test_only_complete_answers_are_stored(finish: int, clamped: int, ticket: bytes, expected: bool) -> None:
     facts = facts_of(ticket=ticket)
+    facts.request.conversation.max_output_tokens = 50
     facts.max_output = clamped
     assert may_store(facts, answer(finish=finish)) is expected
+
+
+def test_an_answer_cut_at_a_length_that_nobody_asked_for_is_not_stored() -> None:
+    facts = facts_of()
+    facts.request.conversation.ClearField("max_output_tokens")
+    assert may_store(facts, answer(finish=2)) is False
+
+
+def test_a_fallbacks_answer_serves_once() -> None:
+    """Under the named model's key it would outlive the outage."""
+    facts = facts_of()
+    other = answer()
+    other.model = "another/model"
+    assert may_store(facts, answer()) is True
+    assert may_store(facts, other) is False
 
 
 async def test_a_full_queue_drops_and_counts() -> None:

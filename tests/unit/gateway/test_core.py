@@ -686,3 +686,48 @@ async def test_end_users_are_hashed_and_labels_are_passed_on() -> None:
     assert len(request.end_user_hash) == 64
     assert request.metadata == {"echo.delay": "5"}
     assert world.caching.asked("Lookup")[0].routing_scope == "echo.delay=5"
+
+
+async def test_hits_alone_see_a_changed_catalogue() -> None:
+    """The version of the policies is a part of every cache key; it is asked for though only answers from the cache are given."""
+    world = World()
+    await world.generate()
+    assert world.caching.asked("Lookup")[-1].policy_version == "v1"
+    world.routing.plan.policy_version = "v2"
+    world.plans._plans.clear()
+    world.plans.version_fresh_until = world.loop.time() - 1
+    await world.generate()
+    assert world.caching.asked("Lookup")[-1].policy_version == "v2"
+
+
+async def test_the_cache_answers_on_while_routing_is_away() -> None:
+    world = World()
+    await world.generate()
+    world.routing.failures["Plan"] = down("routing")
+    world.plans._plans.clear()
+    world.plans.version_fresh_until = world.loop.time() - 1
+    await world.generate()
+    assert world.caching.asked("Lookup")[-1].policy_version == "v1"
+
+
+async def test_request_ids_belong_to_a_key() -> None:
+    """Another key of the tenant may not be allowed what this one is."""
+    world = World()
+    other = Principal("acme", "default", "key-2", ("inference",), (), "", None)
+    first = await world.generate(generate(request_id="r1"))
+    # Of the same key this would be REQUEST_ID_REUSED.
+    second = await world.generate(generate("other", request_id="r1"), principal=other)
+    assert first.operation_id != second.operation_id
+
+
+async def test_a_retry_right_after_its_caller_left_begins_anew() -> None:
+    world = World()
+    world.execution.delays["Complete"] = 0.2
+    leaving = asyncio.create_task(world.generate(generate(request_id="r1")))
+    while not world.execution.asked("Complete"):
+        await asyncio.sleep(0.005)
+    leaving.cancel()
+    retried = asyncio.create_task(world.generate(generate(request_id="r1")))
+    await asyncio.gather(leaving, return_exceptions=True)
+    assert (await retried).answer.message.parts
+    assert len(world.execution.asked("Complete")) == 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from services.gateway.executions import deltas_of, end_user_hash, settled_cost
 from services.runtime.errors import Failure, Reason
 from sluice.inference.v1 import answer_pb2
-from tests.unit.gateway.fakes import PRINCIPAL, answer
+from tests.unit.gateway.fakes import PRINCIPAL, World, answer, generate, price
 
 
 def test_the_cost_of_a_failure() -> None:
@@ -38,3 +40,21 @@ def test_end_users_are_told_apart_and_not_told() -> None:
     assert end_user_hash(PRINCIPAL, "alice") == end_user_hash(PRINCIPAL, "alice")
     assert end_user_hash(PRINCIPAL, "alice") != end_user_hash(PRINCIPAL, "bob")
     assert "alice" not in end_user_hash(PRINCIPAL, "alice")
+
+
+async def test_what_is_reused_of_a_request_never_crosses_keys_leases_or_amounts() -> None:
+    world = World()
+    world.metering.budget = 10**12
+    world.routing.plan.candidates[0].price.CopyFrom(price())
+    other = replace(PRINCIPAL, project_id="other", key_id="key-2")
+    for principal, text in ((PRINCIPAL, "short"), (PRINCIPAL, "long " * 400), (other, "short"), (PRINCIPAL, "short")):
+        world.tokenization.count = len(text)
+        await world.core.generate(principal, generate(text), deadline=world.loop.time() + 5)
+    first, longer, foreign, last = world.execution.asked("Complete")
+    assert [one.billing.key_id for one in (first, longer, foreign, last)] == ["key-1", "key-1", "key-2", "key-1"]
+    assert foreign.billing.project_id == "other"
+    assert foreign.billing.lease_id != first.billing.lease_id == last.billing.lease_id
+    assert longer.billing.hold_nano_usd > first.billing.hold_nano_usd == last.billing.hold_nano_usd
+    assert len({one.operation_id for one in (first, longer, foreign, last)}) == 4
+    assert [one.conversation.messages[0].parts[0].text for one in (first, last)] == ["short", "short"]
+    assert len(first.candidates) == len(last.candidates) == 1

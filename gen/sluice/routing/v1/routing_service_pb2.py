@@ -30,7 +30,7 @@ from sluice.inference.v1 import receipt_pb2 as sluice_dot_inference_dot_v1_dot_r
 from sluice.metering.v1 import price_pb2 as sluice_dot_metering_dot_v1_dot_price__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'sluice/routing/v1/routing_service.proto\x12\x11sluice.routing.v1\x1a\x1egoogle/protobuf/duration.proto\x1a#sluice/errors/v1/error_reason.proto\x1a sluice/inference/v1/answer.proto\x1a+sluice/inference/v1/inference_service.proto\x1a!sluice/inference/v1/receipt.proto\x1a\x1esluice/metering/v1/price.proto\"\x91\x03\n\x0bPlanRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\ttask_type\x18\x03 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\x12-\n\x08\x66\x65\x61tures\x18\x04 \x01(\x0b\x32\x1b.sluice.routing.v1.Features\x12\r\n\x05needs\x18\x05 \x03(\t\x12\x19\n\x11input_token_bound\x18\x06 \x01(\x03\x12\x19\n\x11max_output_tokens\x18\x07 \x01(\x03\x12\x19\n\x11max_cost_nano_usd\x18\x08 \x01(\x03\x12.\n\x0bmax_latency\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06region\x18\n \x01(\t\x12\x17\n\x0f\x61\x66\x66inity_bucket\x18\x0b \x01(\x05\x12\x1b\n\x0e\x61llow_fallback\x18\x0c \x01(\x08H\x00\x88\x01\x01\x12\x16\n\x0e\x61llowed_models\x18\r \x03(\tB\x11\n\x0f_allow_fallback\"X\n\x08\x46\x65\x61tures\x12\x11\n\thas_image\x18\x01 \x01(\x08\x12\x19\n\x11\x63ode_signal_count\x18\x02 \x01(\x05\x12\x1e\n\x16reasoning_signal_count\x18\x03 \x01(\x05\"\x8b\x03\n\x0cPlanResponse\x12\x30\n\ncandidates\x18\x01 \x03(\x0b\x32\x1c.sluice.routing.v1.Candidate\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.sluice.routing.v1.Rejection\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\x30\n\ttask_type\x18\x05 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\x12=\n\x10task_type_source\x18\x06 \x01(\x0e\x32#.sluice.inference.v1.TaskTypeSource\x12\x18\n\x10task_type_reason\x18\x07 \x01(\t\x12\x31\n\x0elatency_target\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0ereuse_duration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"\x84\x03\n\tCandidate\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08provider\x18\x02 \x01(\t\x12\x16\n\x0eupstream_model\x18\x03 \x01(\t\x12(\n\x05price\x18\x04 \x01(\x0b\x32\x19.sluice.metering.v1.Price\x12\x16\n\x0e\x63ontext_window\x18\x05 \x01(\x03\x12\x19\n\x11max_output_tokens\x18\x06 \x01(\x03\x12\x1f\n\x17\x65stimated_cost_nano_usd\x18\x07 \x01(\x03\x12\x38\n\x06scores\x18\x08 \x03(\x0b\x32(.sluice.routing.v1.Candidate.ScoresEntry\x12\x13\n\x0btotal_score\x18\t \x01(\x01\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x32\n\x0f\x61ttempt_timeout\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"P\n\tRejection\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x14\n\x0cmissing_need\x18\x04 \x01(\t\"R\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x16\n\x0e\x61llowed_models\x18\x03 \x03(\t\"Y\n\x12ListModelsResponse\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.sluice.inference.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x92\x01\n\x16ReportExecutionRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x32\n\x08\x61ttempts\x18\x02 \x03(\x0b\x32 .sluice.routing.v1.AttemptReport\x12\x30\n\x07targets\x18\x03 \x03(\x0b\x32\x1f.sluice.routing.v1.TargetHealth\"\x19\n\x17ReportExecutionResponse\"\x9a\x02\n\rAttemptReport\x12\r\n\x05model\x18\x01 \x01(\t\x12\x34\n\x07outcome\x18\x02 \x01(\x0e\x32#.sluice.inference.v1.AttemptOutcome\x12\x33\n\x0c\x65rror_reason\x18\x03 \x01(\x0e\x32\x1d.sluice.errors.v1.ErrorReason\x12+\n\x08\x64uration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x14\x66irst_token_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\"\xbe\x01\n\x0cTargetHealth\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08provider\x18\x02 \x01(\t\x12\x17\n\x0fin_flight_count\x18\x03 \x01(\x05\x12\x30\n\x07\x62reaker\x18\x04 \x01(\x0e\x32\x1f.sluice.routing.v1.BreakerState\x12,\n\x05probe\x18\x05 \x01(\x0e\x32\x1d.sluice.routing.v1.ProbeState\x12\x14\n\x0cprobe_detail\x18\x06 \x01(\t*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03*]\n\nProbeState\x12\x1b\n\x17PROBE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PROBE_STATE_HEALTHY\x10\x01\x12\x19\n\x15PROBE_STATE_UNHEALTHY\x10\x02\x32\x9e\x02\n\x0eRoutingService\x12G\n\x04Plan\x12\x1e.sluice.routing.v1.PlanRequest\x1a\x1f.sluice.routing.v1.PlanResponse\x12Y\n\nListModels\x12$.sluice.routing.v1.ListModelsRequest\x1a%.sluice.routing.v1.ListModelsResponse\x12h\n\x0fReportExecution\x12).sluice.routing.v1.ReportExecutionRequest\x1a*.sluice.routing.v1.ReportExecutionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'sluice/routing/v1/routing_service.proto\x12\x11sluice.routing.v1\x1a\x1egoogle/protobuf/duration.proto\x1a#sluice/errors/v1/error_reason.proto\x1a sluice/inference/v1/answer.proto\x1a+sluice/inference/v1/inference_service.proto\x1a!sluice/inference/v1/receipt.proto\x1a\x1esluice/metering/v1/price.proto\"\x91\x03\n\x0bPlanRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\ttask_type\x18\x03 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\x12-\n\x08\x66\x65\x61tures\x18\x04 \x01(\x0b\x32\x1b.sluice.routing.v1.Features\x12\r\n\x05needs\x18\x05 \x03(\t\x12\x19\n\x11input_token_bound\x18\x06 \x01(\x03\x12\x19\n\x11max_output_tokens\x18\x07 \x01(\x03\x12\x19\n\x11max_cost_nano_usd\x18\x08 \x01(\x03\x12.\n\x0bmax_latency\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06region\x18\n \x01(\t\x12\x17\n\x0f\x61\x66\x66inity_bucket\x18\x0b \x01(\x05\x12\x1b\n\x0e\x61llow_fallback\x18\x0c \x01(\x08H\x00\x88\x01\x01\x12\x16\n\x0e\x61llowed_models\x18\r \x03(\tB\x11\n\x0f_allow_fallback\"X\n\x08\x46\x65\x61tures\x12\x11\n\thas_image\x18\x01 \x01(\x08\x12\x19\n\x11\x63ode_signal_count\x18\x02 \x01(\x05\x12\x1e\n\x16reasoning_signal_count\x18\x03 \x01(\x05\"\xa0\x03\n\x0cPlanResponse\x12\x30\n\ncandidates\x18\x01 \x03(\x0b\x32\x1c.sluice.routing.v1.Candidate\x12\x30\n\nrejections\x18\x02 \x03(\x0b\x32\x1c.sluice.routing.v1.Rejection\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\x12\x30\n\ttask_type\x18\x05 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\x12=\n\x10task_type_source\x18\x06 \x01(\x0e\x32#.sluice.inference.v1.TaskTypeSource\x12\x18\n\x10task_type_reason\x18\x07 \x01(\t\x12\x31\n\x0elatency_target\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0ereuse_duration\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x13\n\x0bnamed_model\x18\n \x01(\t\"\x84\x03\n\tCandidate\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08provider\x18\x02 \x01(\t\x12\x16\n\x0eupstream_model\x18\x03 \x01(\t\x12(\n\x05price\x18\x04 \x01(\x0b\x32\x19.sluice.metering.v1.Price\x12\x16\n\x0e\x63ontext_window\x18\x05 \x01(\x03\x12\x19\n\x11max_output_tokens\x18\x06 \x01(\x03\x12\x1f\n\x17\x65stimated_cost_nano_usd\x18\x07 \x01(\x03\x12\x38\n\x06scores\x18\x08 \x03(\x0b\x32(.sluice.routing.v1.Candidate.ScoresEntry\x12\x13\n\x0btotal_score\x18\t \x01(\x01\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x32\n\x0f\x61ttempt_timeout\x18\x0b \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bScoresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"P\n\tRejection\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x14\n\x0cmissing_need\x18\x04 \x01(\t\"R\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x16\n\x0e\x61llowed_models\x18\x03 \x03(\t\"Y\n\x12ListModelsResponse\x12*\n\x06models\x18\x01 \x03(\x0b\x32\x1a.sluice.inference.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x92\x01\n\x16ReportExecutionRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x32\n\x08\x61ttempts\x18\x02 \x03(\x0b\x32 .sluice.routing.v1.AttemptReport\x12\x30\n\x07targets\x18\x03 \x03(\x0b\x32\x1f.sluice.routing.v1.TargetHealth\"\x19\n\x17ReportExecutionResponse\"\x9a\x02\n\rAttemptReport\x12\r\n\x05model\x18\x01 \x01(\t\x12\x34\n\x07outcome\x18\x02 \x01(\x0e\x32#.sluice.inference.v1.AttemptOutcome\x12\x33\n\x0c\x65rror_reason\x18\x03 \x01(\x0e\x32\x1d.sluice.errors.v1.ErrorReason\x12+\n\x08\x64uration\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\x14\x66irst_token_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\"\xbe\x01\n\x0cTargetHealth\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08provider\x18\x02 \x01(\t\x12\x17\n\x0fin_flight_count\x18\x03 \x01(\x05\x12\x30\n\x07\x62reaker\x18\x04 \x01(\x0e\x32\x1f.sluice.routing.v1.BreakerState\x12,\n\x05probe\x18\x05 \x01(\x0e\x32\x1d.sluice.routing.v1.ProbeState\x12\x14\n\x0cprobe_detail\x18\x06 \x01(\t*|\n\x0c\x42reakerState\x12\x1d\n\x19\x42REAKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x42REAKER_STATE_CLOSED\x10\x01\x12\x16\n\x12\x42REAKER_STATE_OPEN\x10\x02\x12\x1b\n\x17\x42REAKER_STATE_HALF_OPEN\x10\x03*]\n\nProbeState\x12\x1b\n\x17PROBE_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13PROBE_STATE_HEALTHY\x10\x01\x12\x19\n\x15PROBE_STATE_UNHEALTHY\x10\x02\x32\x9e\x02\n\x0eRoutingService\x12G\n\x04Plan\x12\x1e.sluice.routing.v1.PlanRequest\x1a\x1f.sluice.routing.v1.PlanResponse\x12Y\n\nListModels\x12$.sluice.routing.v1.ListModelsRequest\x1a%.sluice.routing.v1.ListModelsResponse\x12h\n\x0fReportExecution\x12).sluice.routing.v1.ReportExecutionRequest\x1a*.sluice.routing.v1.ReportExecutionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,34 +39,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CANDIDATE_SCORESENTRY']._loaded_options = None
   _globals['_CANDIDATE_SCORESENTRY']._serialized_options = b'8\001'
-  _globals['_BREAKERSTATE']._serialized_start=2471
-  _globals['_BREAKERSTATE']._serialized_end=2595
-  _globals['_PROBESTATE']._serialized_start=2597
-  _globals['_PROBESTATE']._serialized_end=2690
+  _globals['_BREAKERSTATE']._serialized_start=2492
+  _globals['_BREAKERSTATE']._serialized_end=2616
+  _globals['_PROBESTATE']._serialized_start=2618
+  _globals['_PROBESTATE']._serialized_end=2711
   _globals['_PLANREQUEST']._serialized_start=278
   _globals['_PLANREQUEST']._serialized_end=679
   _globals['_FEATURES']._serialized_start=681
   _globals['_FEATURES']._serialized_end=769
   _globals['_PLANRESPONSE']._serialized_start=772
-  _globals['_PLANRESPONSE']._serialized_end=1167
-  _globals['_CANDIDATE']._serialized_start=1170
-  _globals['_CANDIDATE']._serialized_end=1558
-  _globals['_CANDIDATE_SCORESENTRY']._serialized_start=1513
-  _globals['_CANDIDATE_SCORESENTRY']._serialized_end=1558
-  _globals['_REJECTION']._serialized_start=1560
-  _globals['_REJECTION']._serialized_end=1640
-  _globals['_LISTMODELSREQUEST']._serialized_start=1642
-  _globals['_LISTMODELSREQUEST']._serialized_end=1724
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1726
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1815
-  _globals['_REPORTEXECUTIONREQUEST']._serialized_start=1818
-  _globals['_REPORTEXECUTIONREQUEST']._serialized_end=1964
-  _globals['_REPORTEXECUTIONRESPONSE']._serialized_start=1966
-  _globals['_REPORTEXECUTIONRESPONSE']._serialized_end=1991
-  _globals['_ATTEMPTREPORT']._serialized_start=1994
-  _globals['_ATTEMPTREPORT']._serialized_end=2276
-  _globals['_TARGETHEALTH']._serialized_start=2279
-  _globals['_TARGETHEALTH']._serialized_end=2469
-  _globals['_ROUTINGSERVICE']._serialized_start=2693
-  _globals['_ROUTINGSERVICE']._serialized_end=2979
+  _globals['_PLANRESPONSE']._serialized_end=1188
+  _globals['_CANDIDATE']._serialized_start=1191
+  _globals['_CANDIDATE']._serialized_end=1579
+  _globals['_CANDIDATE_SCORESENTRY']._serialized_start=1534
+  _globals['_CANDIDATE_SCORESENTRY']._serialized_end=1579
+  _globals['_REJECTION']._serialized_start=1581
+  _globals['_REJECTION']._serialized_end=1661
+  _globals['_LISTMODELSREQUEST']._serialized_start=1663
+  _globals['_LISTMODELSREQUEST']._serialized_end=1745
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1747
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1836
+  _globals['_REPORTEXECUTIONREQUEST']._serialized_start=1839
+  _globals['_REPORTEXECUTIONREQUEST']._serialized_end=1985
+  _globals['_REPORTEXECUTIONRESPONSE']._serialized_start=1987
+  _globals['_REPORTEXECUTIONRESPONSE']._serialized_end=2012
+  _globals['_ATTEMPTREPORT']._serialized_start=2015
+  _globals['_ATTEMPTREPORT']._serialized_end=2297
+  _globals['_TARGETHEALTH']._serialized_start=2300
+  _globals['_TARGETHEALTH']._serialized_end=2490
+  _globals['_ROUTINGSERVICE']._serialized_start=2714
+  _globals['_ROUTINGSERVICE']._serialized_end=3000
 # @@protoc_insertion_point(module_scope)

@@ -204,6 +204,7 @@ class PlanResponse(_message.Message):
     TASK_TYPE_REASON_FIELD_NUMBER: _builtins.int
     LATENCY_TARGET_FIELD_NUMBER: _builtins.int
     REUSE_DURATION_FIELD_NUMBER: _builtins.int
+    NAMED_MODEL_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """Policy that was used."""
     policy_version: _builtins.str
@@ -214,6 +215,8 @@ class PlanResponse(_message.Message):
     """Who decided on it."""
     task_type_reason: _builtins.str
     """The classifier's verdict in words."""
+    named_model: _builtins.str
+    """Catalogue id of the model that the caller named, be it a candidate or not; empty: a policy chose."""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """Best first. Execution tries them in this order."""
@@ -242,10 +245,11 @@ class PlanResponse(_message.Message):
         task_type_reason: _builtins.str = ...,
         latency_target: _duration_pb2.Duration | None = ...,
         reuse_duration: _duration_pb2.Duration | None = ...,
+        named_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["latency_target", b"latency_target", "reuse_duration", b"reuse_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "latency_target", b"latency_target", "policy", b"policy", "policy_version", b"policy_version", "rejections", b"rejections", "reuse_duration", b"reuse_duration", "task_type", b"task_type", "task_type_reason", b"task_type_reason", "task_type_source", b"task_type_source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "latency_target", b"latency_target", "named_model", b"named_model", "policy", b"policy", "policy_version", b"policy_version", "rejections", b"rejections", "reuse_duration", b"reuse_duration", "task_type", b"task_type", "task_type_reason", b"task_type_reason", "task_type_source", b"task_type_source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
