@@ -123,7 +123,12 @@ def veto(asked: str, stored: str) -> str | None:
         one, other = facts(asked), facts(stored)
         if one != other:
             return f"{what} differ: {_shown(one)} and {_shown(other)}"
-    return _names_veto(asked, stored) or _opposites_veto(asked, stored) or _order_veto(asked, stored)
+    return (
+        _names_veto(asked, stored)
+        or _opposites_veto(asked, stored)
+        or _substitution_veto(asked, stored)
+        or _order_veto(asked, stored)
+    )
 
 
 def _shown(facts: Iterable[str]) -> str:
@@ -234,6 +239,41 @@ def _opposites_veto(asked: str, stored: str) -> str | None:
         if (pair, 1 - side) in one:
             return "one question says the opposite of a word of the other"
     return None
+
+
+def _substitution_veto(asked: str, stored: str) -> str | None:
+    """A word in place of another: adult and child, buyer and seller, paragraph and sentence. Vectors hardly see it.
+
+    Words that only one question has are well ("the capital city" for "the capital"), as long as the other has none of its own. Different
+    words for the same thing are refused with the rest: no list of synonyms is long enough to tell them apart.
+    """
+    one, other = _content(asked), _content(stored)
+    only, instead = one - other, other - one
+    if only and instead:
+        return f"words differ: {_shown(sorted(only))} stands for {_shown(sorted(instead))}"
+    return None
+
+
+def _content(text: str) -> set[str]:
+    """Words that carry meaning, without inflection. Numbers, units and dates have checks of their own."""
+    return {
+        _stem(word)
+        for word in _words(text)
+        if word not in _PLAIN
+        and word not in _NUMBER_WORDS
+        and word not in _UNITS
+        and word not in _DATES
+        and not any(character.isdigit() for character in word)
+    }
+
+
+def _stem(word: str) -> str:
+    """A word without its inflection, roughly: both questions are cut alike."""
+    for ending in ("ies", "ing", "ed", "es", "s", "y"):
+        if len(word) > len(ending) + 2 and word.endswith(ending):
+            word = word[: -len(ending)]
+            break
+    return word.rstrip("e") if len(word) > 3 else word
 
 
 def _order_veto(asked: str, stored: str) -> str | None:

@@ -15,7 +15,7 @@ from services.runtime.errors import invalid
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
 from sluice.jobs.v1 import job_service_pb2 as jobs_pb2
 
-jobs = typer.Typer(no_args_is_help=True, help="Jobs: requests that run later, at least once, charged once.")
+jobs = typer.Typer(no_args_is_help=True, help="Jobs: requests that run later, at least once; each attempt is booked once.")
 
 
 def state_words(job: jobs_pb2.Job) -> str:

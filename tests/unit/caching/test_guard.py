@@ -64,3 +64,35 @@ def test_time_stays_small_for_hostile_texts(piece: str) -> None:
     began = time.perf_counter()
     veto(text, text + "b")
     assert time.perf_counter() - began < 0.25
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored"),
+    [
+        (
+            "What is the maximum daily dose of paracetamol for an adult?",
+            "What is the maximum daily dose of paracetamol for a child?",
+        ),
+        ("May the buyer cancel the contract?", "May the seller cancel the contract?"),
+        ("Classify the sentiment: the food was great", "Classify the sentiment: the food was awful"),
+        ("Is the shop open on Sunday?", "Is the shop closed on Sunday?"),
+        ("Explain the difference between a virus and a bacterium", "Explain the similarity between a virus and a bacterium"),
+        ("Summarize this in one paragraph", "Summarize this in one sentence"),
+    ],
+)
+def test_a_word_in_place_of_another_is_another_question(asked: str, stored: str) -> None:
+    assert veto(asked, stored) is not None
+    assert veto(stored, asked) is not None
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored"),
+    [
+        ("What is the capital of France?", "What's the capital city of France?"),
+        ("How do I reset my password?", "How can I reset my passwords?"),
+        ("Which planets are gas giants?", "Which planet is a gas giant?"),
+    ],
+)
+def test_a_word_more_or_another_inflection_is_the_same_question(asked: str, stored: str) -> None:
+    assert veto(asked, stored) is None
+    assert veto(stored, asked) is None
