@@ -386,7 +386,9 @@ class Operation:
                     except StopAsyncIteration:
                         raise AttemptFailed(Reason.PROVIDER_MALFORMED, "the provider's stream was empty") from None
                     except TimeoutError:
-                        raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not begin to answer in time") from None
+                        raise AttemptFailed(
+                            Reason.PROVIDER_TIMEOUT, "the provider did not begin to answer in time", was_read=True
+                        ) from None
                 except ConnectionStale as failure:
                     await _closed(pieces)
                     self._failure(attempt, failure, is_last=is_last and again, is_stale=not again)

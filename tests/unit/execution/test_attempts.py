@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from services.execution.attempts import lost
+from services.execution.attempts import _Produced, lost
 from services.execution.breaker import State
 from services.execution.errors import AllFailed, AttemptFailed, SpoolFull
 from services.execution.spool import Spool
@@ -479,3 +479,75 @@ async def test_embeddings_fall_back_too_and_are_estimated_when_they_report_nothi
         with pytest.raises(AttemptFailed) as caught:
             await made.operation("c", "b", kind=pb2.EmbedRequest).embed()
         assert caught.value.reason is Reason.PROVIDER_REJECTED
+
+
+async def test_what_a_provider_has_read_is_booked_though_no_answer_came(tmp_path: Path, streaming: bool) -> None:
+    """It bills the prompt: a caller that leaves or can't wait must not get it for nothing."""
+    async with world(tmp_path, a=hangs) as made:
+        task = asyncio.create_task(run(made, "a", streaming=streaming, input_count={"token_count": 11}))
+        await made.servers["a"].asked.wait()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        [left] = await made.settled()
+        assert left.usage.input_token_count == 11
+        assert left.usage.source == answer_pb2.USAGE_SOURCE_ESTIMATED
+        assert left.cost_nano_usd == 11_000
+        with pytest.raises(Failure):
+            await run(made, "a", streaming=streaming, seconds=0.2, input_count={"token_count": 11}, operation_id="late")
+        late = (await made.settled())[-1]
+        assert (late.attempt_id, late.cost_nano_usd) == ("late/1", 11_000)
+
+
+async def test_the_deadline_of_a_caller_in_a_hurry_opens_no_breaker(tmp_path: Path) -> None:
+    """One tenant must not be able to take a model away from all others."""
+    async with world(tmp_path, a=hangs) as made:
+        for number in range(8):
+            with pytest.raises(Failure):
+                await made.operation("a", seconds=0.08, operation_id=f"hurry-{number}").complete()
+        assert {target.breaker.state for target in made.targets} == {State.CLOSED}
+        made.servers["a"].plays(good)
+        assert texts((await made.operation("a", operation_id="patient").complete()).answer) == TEXT
+
+
+async def test_a_refusal_that_repeats_the_callers_words_is_the_callers_fault(tmp_path: Path) -> None:
+    refusal = document({"error": {"message": "Invalid schema for function 'billing_lookup'", "type": "x"}}, 400)
+    async with world(tmp_path, a=refusal) as made:
+        with pytest.raises(AttemptFailed) as caught:
+            await made.operation("a").complete()
+        assert caught.value.reason is Reason.PROVIDER_REJECTED
+
+
+@pytest.mark.parametrize("count", [-5, 2 * 10**12])
+async def test_usage_that_can_not_be_is_estimated_instead(tmp_path: Path, count: int) -> None:
+    """The ledger would refuse such a settlement, and what was spent would never be booked."""
+    body = document({**OPENAI_WHOLE, "usage": {"prompt_tokens": 10, "completion_tokens": count, "total_tokens": 10}})
+    async with world(tmp_path, a=body) as made:
+        completed = await made.operation("a", input_count={"token_count": 11}).complete()
+        [settled] = await made.settled()
+    assert completed.answer.usage == settled.usage
+    assert settled.usage.source == answer_pb2.USAGE_SOURCE_ESTIMATED
+    assert settled.usage.input_token_count == 11
+    assert 0 < settled.usage.output_token_count < 100
+
+
+async def test_the_start_of_an_attempt_says_what_a_crash_may_cost(tmp_path: Path) -> None:
+    async with world(tmp_path, a=hangs) as made:
+        operation = made.operation("a")
+        operation.input_count = 11
+        begun = await operation._begin(operation.candidates[0])
+        assert begun is not None
+        record = lost(begun[1].record)
+        assert (record.cost_nano_usd, record.price_version) == (11_000, "p1")
+        assert record.payer == metering_service_pb2.PAYER_PLATFORM
+        operation._dropped(begun[1], None, asyncio.CancelledError())
+
+
+def test_long_pieces_count_for_more_than_one_token() -> None:
+    produced = _Produced()
+    produced.add(b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n' * 3)
+    assert produced.tokens == 3
+    produced.add(b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % (b"word " * 1000))
+    assert produced.tokens > 1000
+    other = _Produced()
+    other.add(pb2.DeltaBatch(deltas=[answer_pb2.Delta(text="a"), answer_pb2.Delta(text="word " * 400)]))
+    assert other.tokens == 501
