@@ -28,7 +28,7 @@ def test_chat_stream_tools_schema_models_and_errors(mesh: Running) -> None:
     seen = json.loads(done.stdout)
     assert "Paris" in seen["chat"]
     assert seen["requestId"]
-    assert seen["stream"]["pieces"] >= 2
+    assert seen["stream"]["pieces"] >= 1
     assert seen["stream"]["usage"]["completion_tokens"] == 16
     assert len(seen["stream"]["text"]) > 10
     assert seen["tool"]["name"] == "weather"

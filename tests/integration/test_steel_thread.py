@@ -129,7 +129,7 @@ def test_a_stream_comes_in_pieces_and_ends_with_its_receipt(client: Client) -> N
     assert kinds[0] == "opened"
     assert kinds[-1] == "closed"
     assert set(kinds[1:-1]) == {"delta"}
-    assert len(kinds) > 4
+    assert len(kinds) >= 3
     closed = events[-1].closed
     assert closed.usage.output_token_count > 0
     assert closed.receipt.attempts[-1].first_token_duration.ToTimedelta().total_seconds() > 0

@@ -51,7 +51,8 @@ def main() -> int:
     params.model.path = str(locate(arguments.model))
     params.n_ctx = arguments.context * arguments.parallel
     params.n_parallel = arguments.parallel
-    params.cpuparams.n_threads = max(1, min(4, os.cpu_count() or 1))
+    # One core is left to everybody else: a model that takes them all starves the process that passes its tokens on.
+    params.cpuparams.n_threads = max(1, min(4, (os.cpu_count() or 1) - 1))
     # llama.cpp would keep prompts of up to 8 GiB beside the slots.
     params.cache_ram_mib = _PROMPT_CACHE_MIB
     params.hostnames = ["127.0.0.1"]
