@@ -207,7 +207,7 @@ def explain(
         if as_json:
             print_json(receipt)
         else:
-            print_receipt(session.console, receipt)
+            print_receipt(session.console, receipt, ran=False)
 
 
 def main() -> NoReturn:

@@ -98,8 +98,8 @@ def print_json(messages: Iterable[Message] | Message) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def print_receipt(console: Console, receipt: receipt_pb2.Receipt) -> None:
-    """One receipt for people."""
+def print_receipt(console: Console, receipt: receipt_pb2.Receipt, *, ran: bool = True) -> None:
+    """One receipt for people; of a request that was only explained (`ran` false), what it would be."""
     usage = receipt.attempts[-1].usage if receipt.attempts else answer_pb2.Usage()
     count = receipt.input_count
     method = lower_name(receipt_pb2.TokenCountMethod.Name(count.method), "TOKEN_COUNT_METHOD_")
@@ -110,16 +110,24 @@ def print_receipt(console: Console, receipt: receipt_pb2.Receipt) -> None:
             "task type",
             f"{lower_name(receipt_pb2.TaskType.Name(receipt.task_type), 'TASK_TYPE_')} {receipt.task_type_reason}".strip(),
         ),
-        ("policy", f"{receipt.policy} @ {receipt.policy_version}"),
+        ("policy", f"{receipt.policy or 'the named model'} @ {receipt.policy_version}"),
         ("cache", f"{cache_words(receipt.cache)} {receipt.cache.reason}".strip()),
-        ("prompt tokens", f"{count.token_count} ({method}, {count.tokenizer}, ±{count.error_bound:.1%})"),
-        ("usage", f"{usage.input_token_count} in ({usage.cached_input_token_count} cached), {usage.output_token_count} out"),
-        ("held", money(receipt.hold_nano_usd)),
-        ("expected", money(receipt.estimated_cost_nano_usd)),
-        ("charged", f"{money(receipt.cost_nano_usd)} {receipt.price_version}".strip()),
-        ("saved", money(receipt.saved_nano_usd)),
-        ("took", f"{milliseconds(receipt.total_duration)}, first byte {milliseconds(receipt.first_byte_duration)}"),
     ]
+    if count.tokenizer:
+        facts.append(("prompt tokens", f"{count.token_count} ({method}, {count.tokenizer}, ±{count.error_bound:.1%})"))
+    if ran:
+        shown = f"{usage.input_token_count} in ({usage.cached_input_token_count} cached), {usage.output_token_count} out"
+        facts.append(("usage", shown))
+    facts += [
+        ("held" if ran else "would hold", money(receipt.hold_nano_usd)),
+        ("expected", money(receipt.estimated_cost_nano_usd)),
+    ]
+    if ran:
+        facts += [
+            ("charged", f"{money(receipt.cost_nano_usd)} {receipt.price_version}".strip()),
+            ("saved", money(receipt.saved_nano_usd)),
+            ("took", f"{milliseconds(receipt.total_duration)}, first byte {milliseconds(receipt.first_byte_duration)}"),
+        ]
     if receipt.budget_level:
         facts.append(
             (
@@ -128,7 +136,7 @@ def print_receipt(console: Console, receipt: receipt_pb2.Receipt) -> None:
             )
         )
     facts += [("went on without", words) for words in receipt.degradations]
-    print_table(console, ("", ""), facts, title="Receipt")
+    print_table(console, ("", ""), facts, title="Receipt" if ran else "What would happen")
     print_candidates(console, receipt)
     if receipt.attempts:
         print_table(

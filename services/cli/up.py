@@ -32,6 +32,7 @@ from services.runtime.settings import SERVICES
 HTTP_PORT: Final = 8080
 GRPC_PORT: Final = 50051
 _START_SECONDS: Final = 60.0
+_LIMITS: Final = "limited as metering.bootstrap_* of the config says, 120 requests a minute and 50 at once by default"
 _MALLOC: Final = (
     "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=4:glibc.malloc.trim_threshold=268435456:glibc.malloc.top_pad=16777216"
 )
@@ -333,6 +334,10 @@ class Running:
             replicas=dict(self.plan.replicas),
         )
 
+    def urls(self) -> list[str]:
+        """URLs of the HTTP edges, one per gateway; what stands before several is the deployment's."""
+        return [str(report["http"]) for _, report in sorted(self._reports().items()) if report.get("http")]
+
     def ready_paths(self) -> list[Path]:
         """The ready files: in the state directory, and where the caller wants another."""
         paths = [self._options.state_dir / READY_NAME]
@@ -458,6 +463,8 @@ async def _ready_then(running: Running, body: Callable[[Running], Awaitable[None
 
 def run(options: Options, body: Callable[[Running], Awaitable[None]], console: Console | None = None) -> None:
     """Starts the topology, runs `body` when all serve, and stops it when `body` returns, raises, or at SIGTERM or SIGINT."""
+    # What is written here, logs too, is nobody else's to read.
+    os.umask(0o077)
     with locked(options.state_dir.resolve()):
         asyncio.run(_run(options, console or Console(stderr=True), body))
 
@@ -515,11 +522,12 @@ def command(
 
     async def announce(running: Running) -> None:
         ready = running.ready()
-        rows = [("HTTP (OpenAI, Anthropic)", f"{ready.http}/v1", "")]
+        rows = [("HTTP (OpenAI, Anthropic)", f"{url}/v1", "") for url in running.urls()]
         for name, address in ready.grpc.items():
             rows.append((name, address, ready.metrics.get(name, "")))
         print_table(console, ("service", "address", "metrics"), rows, title=f"Sluice is up, {ready.topology}")
         console.print(f"key        {ready.key}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"           {_LIMITS}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"admin key  {ready.admin_key}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"state      {options.state_dir}", markup=False, highlight=False, soft_wrap=True)
         console.print("Ctrl-C stops.")

@@ -95,6 +95,8 @@ def run(units: Sequence[Unit], *, name: str, file: Path | None, report_file: Pat
         print(error, file=sys.stderr)
         return 2
     settings: MeshSettings = configs.pop("mesh")
+    # Ledger, spool and logs are nobody else's to read.
+    os.umask(0o077)
     # Messages and frames of a request make no cycles; the default would look for some after every few requests.
     gc.set_threshold(_GC_ALLOCATIONS, 20, 50)
     return uvloop.run(_run(units, settings, configs, name=name, report_file=report_file))

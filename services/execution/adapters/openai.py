@@ -472,9 +472,12 @@ class _PassedThrough:
                 if data == b"[DONE]":
                     self._ended = True
                     continue
-                self._kept.append(event + b"\n\n")
+                is_usage_only = _is_usage_only(data)
                 self._size += len(event)
-                if not _is_usage_only(data):
+                # Some servers send the usage with every chunk: those are kept within the bound like others.
+                if is_usage_only or self._size <= MOST_KEPT:
+                    self._kept.append(event + b"\n\n")
+                if not is_usage_only:
                     shown.append(event + b"\n\n")
             return b"".join(shown)
         self._size += len(block)
