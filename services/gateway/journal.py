@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from services.gateway.receipts import Facts
 
 if TYPE_CHECKING:
     from services.runtime.metrics import Counter, Histogram, Registry
+
+
+class RequestLine(Protocol):
+    """Takes a line of the request log."""
+
+    def __call__(self, values: Mapping[str, Any], *, is_plain: bool = False) -> None: ...
+
 
 _STATUS_NAMES: Final = ("none", "hit_exact", "hit_semantic", "miss", "bypass", "refresh", "unavailable")
 _MAX_BOUND: Final = 4096
@@ -20,7 +27,7 @@ class Journal:
     `log` must take a line without waiting: rendering and writing happen behind the path.
     """
 
-    def __init__(self, registry: Registry, log: Callable[[Mapping[str, Any]], None] | None) -> None:
+    def __init__(self, registry: Registry, log: RequestLine | None) -> None:
         labels = ("kind", "model", "outcome", "cache")
         self._requests = registry.counter("gateway_requests", "Requests by kind, model, outcome and cache verdict.", labels)
         self._seconds = registry.histogram("gateway_request_seconds", "Time from arrival to the end of the answer.", labels)
@@ -40,7 +47,8 @@ class Journal:
             for degradation in facts.degradations:
                 self._degraded.labels(degradation.partition(":")[0]).inc()
         if self._log is not None:
-            self._log(line_of(facts, model, outcome))
+            # Words come into a line by what went wrong alone.
+            self._log(line_of(facts, model, outcome), is_plain=facts.degradations is None)
 
     def _bind(self, key: tuple[str, str, str, int]) -> tuple[Counter, Histogram]:
         kind, model, outcome, status = key

@@ -428,7 +428,7 @@ class World:
             voids=self.voids,
             requests=self.requests,
             outcomes=self.outcomes,
-            journal=Journal(self.registry, self.lines.append),
+            journal=Journal(self.registry, self._take_line),
         )
         self.core = Core(
             Peers(routing=routing_stub, execution=execution_stub, tokenization=tokenization_stub),
@@ -461,6 +461,9 @@ class World:
     def soon(self, seconds: float = 5.0) -> float:
         """A deadline."""
         return self.loop.time() + seconds
+
+    def _take_line(self, values: Mapping[str, Any], *, is_plain: bool = False) -> None:
+        self.lines.append(values)
 
     async def generate(self, request: Any = None, *, principal: Principal = PRINCIPAL, seconds: float = 5.0) -> Any:
         """One answer."""

@@ -129,3 +129,14 @@ def test_a_reader_that_is_gone_does_not_stop_the_service() -> None:
     log.write({"number": 1})
     log.close()
     assert dropped.value == 1
+
+
+def test_a_plain_line_is_written_as_it_is_and_others_are_searched() -> None:
+    stream = io.StringIO()
+    log = RequestLog(Redactor(), Counter(), stream=stream)
+    log.write({"operation_id": "01A", "input_tokens": 3}, is_plain=True)
+    log.write({"why": "authorization: Bearer sk-abcdefgh12345678"})
+    log.close()
+    first, second = stream.getvalue().splitlines()
+    assert json.loads(first) == {"operation_id": "01A", "input_tokens": 3}
+    assert "sk-abcdefgh12345678" not in second
