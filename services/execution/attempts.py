@@ -413,6 +413,7 @@ class Operation:
         # Without a limit of the caller's the hold covers what the model can give at most.
         most_tokens = most_tokens or attempt.candidate.max_output_tokens
         limit = int(most_tokens * _OVERRUN) + 16 if most_tokens and self.billing.hold_nano_usd else 0
+        look_at = limit * _BYTES_PER_TOKEN
         try:
             yield pb2.CompletionOpened(
                 attempt_id=attempt.record.attempt_id,
@@ -422,9 +423,13 @@ class Operation:
             while not isinstance(piece, Completed):
                 produced.add(piece)
                 yield piece
-                if limit and produced.tokens > limit:
-                    piece = self._cut(attempt, produced.tokens)
-                    break
+                if limit and produced.size > look_at:
+                    tokens = produced.tokens
+                    if tokens > limit:
+                        piece = self._cut(attempt, tokens)
+                        break
+                    # Not before this many more bytes can there be too many.
+                    look_at = produced.size + (limit - tokens) * _BYTES_PER_TOKEN
                 piece = await anext(pieces)
             self._account(piece.answer)
             attempt.target.breaker.succeeded()
@@ -512,24 +517,34 @@ class _Produced:
     many tokens into one, one for every few bytes beyond the frame that all events have.
     """
 
-    __slots__ = ("_frame", "tokens")
+    __slots__ = ("_count", "_frame", "_shown", "size")
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.size = 0
+        """Bytes. There are never more tokens than a quarter of them."""
+        self._count = 0
         self._frame = _LARGEST_FRAME
+        self._shown = 0
 
     def add(self, piece: Any) -> None:
         """Counts a piece."""
         if type(piece) is bytes:
             count = piece.count(b"data:")
             size = len(piece)
-            if count:
-                self._frame = min(self._frame, size // count)
-            self.tokens += max(count, (size - count * self._frame) // _BYTES_PER_TOKEN)
+            self._count += count
+            self.size += size
+            if size < self._frame * count:
+                self._frame = size // count
         else:
             for delta in piece.deltas:
                 size = len(delta.text) + len(delta.refusal) + len(delta.reasoning.text) + len(delta.tool_call.arguments_json)
-                self.tokens += max(1, size // _BYTES_PER_TOKEN)
+                self._shown += max(1, size // _BYTES_PER_TOKEN)
+                self.size += size + _BYTES_PER_TOKEN
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far."""
+        return self._shown + max(self._count, (self.size - self._count * self._frame) // _BYTES_PER_TOKEN if self._count else 0)
 
 
 async def _closed(pieces: AsyncIterator[Any]) -> None:
