@@ -475,7 +475,7 @@ class _PassedThrough:
                 is_usage_only = _is_usage_only(data)
                 self._size += len(event)
                 # Some servers send the usage with every chunk: those are kept within the bound like others.
-                if is_usage_only or self._size <= MOST_KEPT:
+                if is_usage_only or self._size <= MOST_KEPT or b'"finish_reason":"' in event:
                     self._kept.append(event + b"\n\n")
                 if not is_usage_only:
                     shown.append(event + b"\n\n")
