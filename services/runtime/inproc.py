@@ -25,6 +25,23 @@ MetadataLike = Iterable[tuple[str, str]]
 _EMPTY: Final[Mapping[str, str]] = types.MappingProxyType({})
 
 
+def _carried(work: Any, pending: Any) -> Generator[Any, Any, Any]:
+    """Runs `work` on from its first wait to its end: what it yields goes to the loop, and what the loop sends or throws back to it."""
+    try:
+        while True:
+            try:
+                sent = yield pending
+            except GeneratorExit:
+                work.close()
+                raise
+            except BaseException as thrown:  # noqa: BLE001  # handed on, whatever it is
+                pending = work.throw(thrown)
+            else:
+                pending = work.send(sent)
+    except StopIteration as done:
+        return done.value
+
+
 @types.coroutine
 def bounded(work: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
     """Awaits `work` (a coroutine, or the step of an async generator) until `deadline`, then Failure DEADLINE_EXCEEDED.
@@ -47,20 +64,7 @@ def bounded(work: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
 
     timer = asyncio.get_running_loop().call_at(deadline, expire)
     try:
-        while True:
-            try:
-                sent = yield pending
-            except GeneratorExit:
-                work.close()
-                raise
-            except BaseException as thrown:  # noqa: BLE001  # handed on, whatever it is
-                pending = work.throw(thrown)
-            else:
-                pending = work.send(sent)
-    except StopIteration as done:
-        if expired and task.uncancel() > 0:
-            raise asyncio.CancelledError from None
-        return done.value
+        result = yield from _carried(work, pending)
     except asyncio.CancelledError:
         if expired and task.uncancel() == 0:
             raise deadline_exceeded(what) from None
@@ -69,6 +73,10 @@ def bounded(work: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
         if expired:
             task.uncancel()
         raise
+    else:
+        if expired and task.uncancel() > 0:
+            raise asyncio.CancelledError
+        return result
     finally:
         timer.cancel()
 
@@ -198,20 +206,7 @@ class BoundedStream:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_at(self._deadline, self._expire)
         try:
-            while True:
-                try:
-                    sent = yield pending
-                except GeneratorExit:
-                    work.close()
-                    raise
-                except BaseException as thrown:  # noqa: BLE001  # handed on, whatever it is
-                    pending = work.throw(thrown)
-                else:
-                    pending = work.send(sent)
-        except StopIteration as done:
-            if self._expired and task.uncancel() > 0:
-                raise asyncio.CancelledError from None
-            return done.value
+            result = yield from _carried(work, pending)
         except asyncio.CancelledError:
             self._rest()
             if self._expired and task.uncancel() == 0:
@@ -222,6 +217,10 @@ class BoundedStream:
             if self._expired:
                 task.uncancel()
             raise
+        else:
+            if self._expired and task.uncancel() > 0:
+                raise asyncio.CancelledError
+            return result
         finally:
             self._task = None
 
