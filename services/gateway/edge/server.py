@@ -229,37 +229,33 @@ class Edge:
 
     # routes
 
-    async def _chat(self, exchange: Exchange, visit: Visit) -> None:
+    # Not coroutines of their own: each one more is one more frame at every step of a request.
+
+    def _chat(self, exchange: Exchange, visit: Visit) -> Coroutine[Any, Any, None]:
+        return self._converse(exchange, visit, openai.chat_from_json, openai.chat_to_json)
+
+    def _message(self, exchange: Exchange, visit: Visit) -> Coroutine[Any, Any, None]:
+        return self._converse(exchange, visit, anthropic.message_from_json, anthropic.message_to_json)
+
+    async def _converse(
+        self,
+        exchange: Exchange,
+        visit: Visit,
+        from_json: Callable[[bytes | bytearray], openai.ChatCall],
+        to_json: Callable[[Completion, receipt_pb2.Receipt | None], bytes],
+    ) -> None:
         principal = self._known(exchange) or await self._authenticate(exchange)
         _check_encoding(exchange)
-        call = openai.chat_from_json(exchange.body)
+        call = from_json(exchange.body)
         request = call.request
         deadline = self._deadline(exchange, wishes.apply_to_generate(exchange.headers, request))
         if call.stream:
             await self._stream(exchange, visit, principal, call, deadline)
             return
         completion = await self._core.generate(principal, request, deadline=deadline, forward=visit.forward)
-        if visit.span is not None:
-            _annotate(visit, request, completion)
-        exchange.respond(
-            _completed_head(completion, visit.request_id),
-            openai.chat_to_json(completion, completion.receipt() if request.receipt_view == _FULL else None),
-        )
-
-    async def _message(self, exchange: Exchange, visit: Visit) -> None:
-        principal = self._known(exchange) or await self._authenticate(exchange)
-        _check_encoding(exchange)
-        call = anthropic.message_from_json(exchange.body)
-        deadline = self._deadline(exchange, wishes.apply_to_generate(exchange.headers, call.request))
-        if call.stream:
-            await self._stream(exchange, visit, principal, call, deadline)
-            return
-        completion = await self._core.generate(principal, call.request, deadline=deadline, forward=visit.forward)
-        _annotate(visit, call.request, completion)
-        exchange.respond(
-            _completed_head(completion, visit.request_id),
-            anthropic.message_to_json(completion, _wished_receipt(call.request, completion)),
-        )
+        _annotate(visit, request, completion)
+        body = to_json(completion, _wished_receipt(request, completion))
+        exchange.respond(_completed_head(completion, visit.request_id), body)
 
     async def _stream(
         self, exchange: Exchange, visit: Visit, principal: Principal, call: openai.ChatCall, deadline: float
