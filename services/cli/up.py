@@ -26,13 +26,14 @@ from services.cli import nats
 from services.cli.rendering import open_console, print_table
 from services.cli.state import READY_NAME, Ready, Secrets, default_state_dir, write_private
 from services.cli.supervisor import Child, Spec, Supervisor
+from services.metering.config import Config as MeteringConfig
 from services.runtime.errors import Failure, Reason, invalid
 from services.runtime.settings import SERVICES
 
 HTTP_PORT: Final = 8080
 GRPC_PORT: Final = 50051
 _START_SECONDS: Final = 60.0
-_LIMITS: Final = "limited as metering.bootstrap_* of the config says, 120 requests a minute and 50 at once by default"
+_LIMITS: Final = MeteringConfig()
 _MALLOC: Final = (
     "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=4:glibc.malloc.trim_threshold=268435456:glibc.malloc.top_pad=16777216"
 )
@@ -527,7 +528,13 @@ def command(
             rows.append((name, address, ready.metrics.get(name, "")))
         print_table(console, ("service", "address", "metrics"), rows, title=f"Sluice is up, {ready.topology}")
         console.print(f"key        {ready.key}", markup=False, highlight=False, soft_wrap=True)
-        console.print(f"           {_LIMITS}", markup=False, highlight=False, soft_wrap=True)
+        limits = f"{_LIMITS.requests_per_minute} requests a minute and {_LIMITS.concurrency} at once"
+        console.print(
+            f"           limited as metering.bootstrap_* of the config says, {limits} by default",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         console.print(f"admin key  {ready.admin_key}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"state      {options.state_dir}", markup=False, highlight=False, soft_wrap=True)
         console.print("Ctrl-C stops.")
