@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from services.execution import catalogue
 from services.execution.adapters.anthropic import AnthropicProvider
 from services.execution.adapters.echo import EchoProvider
@@ -28,7 +26,7 @@ from services.execution.provider import Provider
 from services.execution.service import ExecutionServicer, Reports
 from services.execution.spool import Spool
 from services.execution.targets import Targets
-from services.runtime.config import ConfigError
+from services.runtime.config import ConfigError, read_yaml
 from services.runtime.dispatch import Binding
 from services.runtime.errors import Failure, Reason
 from services.runtime.process import Process, Service
@@ -57,10 +55,7 @@ _MOST_MODELS: Final = 5000
 
 def _read(path: Path) -> tuple[dict[str, Entry], dict[str, list[str]]]:
     """Providers, and the models of each, out of the catalogue file. Raises ConfigError."""
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"{path}: can't be read as YAML: {type(error).__name__}"]) from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: must be a mapping of sections"])
     entries = catalogue.parse(content.get("providers"))

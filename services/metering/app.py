@@ -7,9 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, Final
-
-import yaml
+from typing import Final
 
 from services.metering import pricebook
 from services.metering.accounts import Key, Limits
@@ -23,7 +21,7 @@ from services.metering.service import MeteringServicer, Prices
 from services.metering.tenancy import Tenancy
 from services.metering.tenancy_service import TenancyServicer
 from services.metering.usage_service import UsageServicer
-from services.runtime.config import ConfigError
+from services.runtime.config import ConfigError, read_yaml
 from services.runtime.dispatch import Binding
 from services.runtime.errors import Failure
 from services.runtime.process import Process, Service
@@ -36,10 +34,7 @@ KEYS_REVOKED: Final = "sluice.keys.revoked"
 
 
 def _read_book(path: Path) -> PriceBook:
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"{path}: can't be read as YAML: {type(error).__name__}"]) from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: must be a mapping of sections"])
     return pricebook.build(content, genai.seed)

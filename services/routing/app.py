@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-import yaml
+from typing import TYPE_CHECKING, Final
 
 from services.routing import catalogue
 from services.routing.catalogue import MAX_MODELS, Catalogue
@@ -18,7 +16,7 @@ from services.routing.prices import Prices
 from services.routing.proto import rates_from_proto
 from services.routing.service import RoutingServicer
 from services.routing.statistics import Statistics
-from services.runtime.config import ConfigError
+from services.runtime.config import ConfigError, read_yaml
 from services.runtime.dispatch import Binding
 from services.runtime.errors import Failure, unavailable
 from services.runtime.process import Process, Service
@@ -39,15 +37,7 @@ _PRICE_PAGE: Final = 1000
 
 def read_catalogue(path: Path) -> Catalogue:
     """The catalogue of a file. Raises ConfigError."""
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise ConfigError([f"{path}{place}: is not YAML: {error.problem}"]) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"{path}: can't be read: {type(error).__name__}"]) from None
-    return catalogue.parse(content)
+    return catalogue.parse(read_yaml(path))
 
 
 async def read_prices(usage: UsageServiceAsyncStub) -> list[price_pb2.Price]:

@@ -144,6 +144,18 @@ def _read(file: Path, problems: list[str]) -> dict[str, Any]:
     return content
 
 
+def read_yaml(path: Path) -> Any:
+    """The content of a file beside the configuration, such as the catalogue. Raises ConfigError with the place of the fault."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError([f"{path}{place}: is not YAML: {error.problem}"]) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"{path}: can't be read: {type(error).__name__}"]) from None
+
+
 class _Loader(yaml.SafeLoader):
     """YAML that refuses a key given twice, which plain YAML loaders take in silence."""
 

@@ -7,11 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import yaml
-
-from services.runtime.config import ConfigError
+from services.runtime.config import ConfigError, read_yaml
 from services.runtime.dispatch import Binding
 from services.runtime.errors import unavailable
 from services.runtime.process import Process, Service
@@ -43,10 +41,7 @@ def _load(rule: Rule, capacity: int) -> Counter:
 
 def _read_rules(path: Path) -> Rules:
     """The rules of the catalogue file. Raises ConfigError."""
-    try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"{path}: can't be read as YAML: {type(error).__name__}"]) from None
+    content = read_yaml(path)
     return catalogue.parse(content.get("tokenizers") if isinstance(content, dict) else None)
 
 
