@@ -144,9 +144,6 @@ class Spool:
             self._drop_if_done(before)
         return segment
 
-    def _write(self, kind: int, payload: bytes) -> _Segment:
-        return self._append(_HEADER.pack(len(payload), zlib.crc32(payload), kind) + payload)
-
     def _append(self, data: bytes) -> _Segment:
         segment = self._segments[-1]
         if segment.size >= self._segment_bytes:
@@ -160,21 +157,10 @@ class Spool:
         self._bytes += written
         return segment
 
-    def start(self, record: Record) -> None:
-        """Records that an attempt begins. Raises SpoolFull: then it must not begin."""
-        if self._bytes > self._most_bytes:
-            raise SpoolFull
-        try:
-            segment = self._write(_START, record.SerializeToString())
-        except OSError as error:
-            raise SpoolFull from error
-        segment.waiting += 1
-        self._open[record.attempt_id] = segment
-
     def settle(self, record: Record) -> None:
         """Records how an attempt ended. Never refuses: money that was spent is kept at least in memory and posted from there."""
         try:
-            segment = self._write(_SETTLE, record.SerializeToString())
+            segment = self._append(_framed(_SETTLE, record))
         except (OSError, SpoolFull):
             segment = self._segments[-1]
             self.failure_count += 1
@@ -193,9 +179,9 @@ class Spool:
             self._wake.set()
 
     async def begin(self, record: Record) -> None:
-        """As `start`, by one `write` for all that begin in the same turn of the loop; returns when it is written.
+        """Records that an attempt begins, by one `write` for all that begin in the same turn of the loop; returns when it is written.
 
-        Raises SpoolFull. When it is cancelled the record may be written all the same, so the attempt is to be settled.
+        Raises SpoolFull: then it must not begin. When it is cancelled the record may be written all the same, so the attempt is to be settled.
         """
         if self._bytes > self._most_bytes:
             raise SpoolFull
@@ -217,14 +203,9 @@ class Spool:
 
     def _write_group(self) -> None:
         group, self._waiting = self._waiting, []
-        parts = []
-        for kind, record, _ in group:
-            payload = record.SerializeToString()
-            parts.append(_HEADER.pack(len(payload), zlib.crc32(payload), kind))
-            parts.append(payload)
         failure: SpoolFull | None = None
         try:
-            segment = self._append(b"".join(parts))
+            segment = self._append(b"".join([_framed(kind, record) for kind, record, _ in group]))
         except (OSError, SpoolFull) as error:
             failure = error if isinstance(error, SpoolFull) else SpoolFull()
             segment = self._segments[-1]
@@ -309,6 +290,11 @@ class Spool:
         self._segments.clear()
         if self._lock is not None:
             self._lock.close()
+
+
+def _framed(kind: int, record: Record) -> bytes:
+    payload = record.SerializeToString()
+    return _HEADER.pack(len(payload), zlib.crc32(payload), kind) + payload
 
 
 def _records(path: Path) -> Iterator[tuple[int, bytes]]:

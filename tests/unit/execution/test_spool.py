@@ -44,9 +44,9 @@ async def main():
     number = 0
     while True:
         number += 1
-        spool.start(settlement(f"open/{number}"))
+        await spool.begin(settlement(f"open/{number}"))
         for part in range(3):
-            spool.start(settlement(f"done/{number}/{part}"))
+            await spool.begin(settlement(f"done/{number}/{part}"))
             spool.settle(settlement(f"done/{number}/{part}", outcome=1, cost=7))
         # The same by groups: those of one turn of the loop share a write.
         await asyncio.gather(*(spool.begin(settlement(f"done/{number}/{part}")) for part in range(3, 6)))
@@ -163,9 +163,9 @@ async def test_a_settlement_is_on_disk_before_settle_returns(tmp_path: Path) -> 
     ledger = Ledger()
     spool = spool_at(tmp_path / "one", ledger)
     spool.open(parse, lost)
-    spool.start(settlement("a"))
+    await spool.begin(settlement("a"))
     spool.settle(settlement("a", 1, 7))
-    spool.start(settlement("b"))
+    await spool.begin(settlement("b"))
     [path] = files(tmp_path / "one")
     # As it would be found if the process died now.
     (tmp_path / "two").mkdir()
@@ -185,7 +185,7 @@ async def test_a_torn_tail_is_ignored_at_every_length(tmp_path: Path) -> None:
     spool = spool_at(tmp_path / "whole", Ledger())
     spool.open(parse, lost)
     for name in "ab":
-        spool.start(settlement(name))
+        await spool.begin(settlement(name))
         spool.settle(settlement(name, 1, 7))
     [path] = files(tmp_path / "whole")
     raw = path.read_bytes()
@@ -237,7 +237,7 @@ async def test_a_ledger_that_is_away_gets_everything_once_when_it_is_back(tmp_pa
     spool.open(parse, lost)
     task = asyncio.create_task(spool.run())
     for number in range(1200):
-        spool.start(settlement(str(number)))
+        await spool.begin(settlement(str(number)))
         spool.settle(settlement(str(number), 1, 7))
     async with asyncio.timeout(PATIENCE):
         await ledger.refused.wait()
@@ -259,10 +259,10 @@ async def test_a_file_with_an_open_attempt_is_kept(tmp_path: Path) -> None:
     ledger = Ledger()
     spool = spool_at(tmp_path, ledger, segment_bytes=4096)
     spool.open(parse, lost)
-    spool.start(settlement("long"))
+    await spool.begin(settlement("long"))
     first = files(tmp_path)[0]
     for number in range(200):
-        spool.start(settlement(str(number)))
+        await spool.begin(settlement(str(number)))
         spool.settle(settlement(str(number), 1))
     await drained(spool)
     assert first.exists()
@@ -280,7 +280,7 @@ async def test_beyond_its_limit_no_attempt_begins_and_posting_makes_room(tmp_pat
     number = 0
     with pytest.raises(SpoolFull) as caught:
         while number < 10_000:
-            spool.start(settlement(str(number)))
+            await spool.begin(settlement(str(number)))
             spool.settle(settlement(str(number), 1))
             number += 1
     assert 100 < number < 10_000
@@ -290,7 +290,7 @@ async def test_beyond_its_limit_no_attempt_begins_and_posting_makes_room(tmp_pat
     spool.settle(settlement("late", 1))
     await drained(spool)
     assert ledger.ids() == Counter({**{str(one): 1 for one in range(number)}, "late": 1})
-    spool.start(settlement("next"))
+    await spool.begin(settlement("next"))
     spool.close()
 
 
@@ -310,16 +310,16 @@ async def main():
     """A file-size limit stands for a full disk: the kernel writes a part of the record, as it does there."""
     spool = Spool(Path(sys.argv[1]), post, group_seconds=0.001, segment_bytes=1 << 20, most_bytes=1 << 24)
     spool.open(parse, lost)
-    spool.start(settlement("before"))
+    await spool.begin(settlement("before"))
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        spool.start(settlement("refused"))
+        await spool.begin(settlement("refused"))
     except SpoolFull:
         print("full", flush=True)
     spool.settle(settlement("unwritten", 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    spool.start(settlement("after"))
+    await spool.begin(settlement("after"))
     spool.settle(settlement("after", 1))
     print("ready", flush=True)
     await asyncio.sleep(60)
