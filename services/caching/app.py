@@ -41,7 +41,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
     async with contextlib.AsyncExitStack() as stack:
         workers: list[Worker] = []
         drains: list[Callable[[float], Coroutine[Any, Any, None]]] = []
-        exact: ExactTier[pb2.CachedAnswer] = ExactTier(config.exact.max_entries, config.exact.max_bytes)
+        exact: ExactTier[bytes] = ExactTier(config.exact.max_entries, config.exact.max_bytes)
         metrics = process.metrics
         metrics.gauge("cache_exact_bytes", "Memory of the exact tier of this process.").set_function(lambda: exact.weight)
         metrics.gauge("cache_exact_entries", "Entries of the exact tier of this process.").set_function(lambda: len(exact))

@@ -57,9 +57,10 @@ def serves_other_words(answer: answer_pb2.Answer) -> bool:
     )
 
 
-def entry_to_verdict(entry: pb2.CachedAnswer, response: pb2.LookupResponse) -> None:
-    """Puts the answer and where it comes from into the response."""
-    response.answer.CopyFrom(entry)
+def payload_to_verdict(payload: bytes, response: pb2.LookupResponse) -> None:
+    """Puts a serialised CachedAnswer and where it comes from into the response. DecodeError when it isn't one."""
+    entry = response.answer
+    entry.MergeFromString(payload)
     verdict = response.verdict
     verdict.entry_operation_id = entry.operation_id
     verdict.entry_time.CopyFrom(entry.create_time)

@@ -19,8 +19,8 @@ from services.caching.errors import NotStorable, TierUnavailable
 from services.caching.exact import ExactTier
 from services.caching.ports import SharedTier
 from services.caching.proto import (
-    entry_to_verdict,
     has_remote_picture,
+    payload_to_verdict,
     question_of,
     refusal_to_store,
     serves_other_words,
@@ -69,7 +69,7 @@ class CachingServicer:
 
     def __init__(
         self,
-        exact: ExactTier[pb2.CachedAnswer],
+        exact: ExactTier[bytes],
         shared: SharedTier | None,
         semantic: SemanticTier | None,
         tickets: Tickets,
@@ -137,12 +137,12 @@ class CachingServicer:
         tally = self._tally(tenant, namespace)
 
         if wish != _REFRESH:
-            entry = self._exact.get(key, now)
-            if entry is None and self._shared is not None and self._shared.knows(key):
-                entry = await self._fetch(tenant, namespace, key, now)
-            if entry is not None:
+            payload = self._exact.get(key, now)
+            if payload is None and self._shared is not None and self._shared.knows(key):
+                payload = await self._fetch(tenant, namespace, key, now)
+            if payload is not None:
                 tally.exact += 1
-                entry_to_verdict(entry, response)
+                payload_to_verdict(payload, response)
                 verdict.reason = "the same request was answered"
                 return self._end(response, receipt_pb2.CACHE_STATUS_HIT_EXACT, "exact", began)
             verdict.reason = "the same request has not been answered"
@@ -191,9 +191,10 @@ class CachingServicer:
         size = entry.ByteSize()
         expire = now + ttl
         tally = self._tally(tenant, namespace)
-        # The entry is kept by reference: nobody changes a message that was handed over.
         if size <= self._limits.entry_bytes:
-            response.stored_exact = self._exact.put(ticket.key, entry, size, expire, (tenant, namespace))
+            # As bytes: a message keeps the memory of the whole request that it came in, and of all that was parsed for it.
+            payload = entry.SerializeToString()
+            response.stored_exact = self._exact.put(ticket.key, payload, size, expire, (tenant, namespace))
             shared = self._shared
             if shared is not None and not shared.put(self._partition(tenant), namespace, ticket.key, entry, size, expire):
                 tally.dropped += 1
@@ -261,19 +262,19 @@ class CachingServicer:
             return False
         return time <= max(purges.get((tenant, ""), 0.0), purges.get((tenant, namespace), 0.0))
 
-    async def _fetch(self, tenant: str, namespace: str, key: bytes, now: float) -> pb2.CachedAnswer | None:
+    async def _fetch(self, tenant: str, namespace: str, key: bytes, now: float) -> bytes | None:
         assert self._shared is not None
         found = await self._shared.get(self._partition(tenant), namespace, key)
         if found is None or found[1] <= now:
             return None
         payload, expire = found
         try:
-            entry = pb2.CachedAnswer.FromString(payload)
+            pb2.CachedAnswer.FromString(payload)
         except DecodeError:
             return None
         if not self._purged_since(tenant, namespace, now):
-            self._exact.put(key, entry, len(payload), expire, (tenant, namespace))
-        return entry
+            self._exact.put(key, payload, len(payload), expire, (tenant, namespace))
+        return payload
 
     def _scope(self, conversation: conversation_pb2.Conversation, prefix: bytes) -> tuple[str | None, bytes, str | None]:
         """The question, its scope and None; or None, NO_SCOPE and why the semantic tier can't be asked."""
@@ -303,11 +304,11 @@ class CachingServicer:
         if finding.match is None:
             return False
         try:
-            entry = pb2.CachedAnswer.FromString(finding.match.payload)
+            payload_to_verdict(finding.match.payload, response)
         except DecodeError:
+            response.ClearField("answer")
             verdict.reason = "the stored answer can't be read"
             return False
-        entry_to_verdict(entry, response)
         return True
 
     def _tally(self, tenant: str, namespace: str) -> Tally:
