@@ -11,11 +11,8 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from services.execution.errors import AllFailed, AttemptFailed, ConnectionStale, SpoolFull
-from services.execution.pricing import cost_of
+from services.execution.pricing import cost_of, prompt_cost
 from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt, Provider
 from services.execution.spool import Spool
 from services.execution.targets import Target, Targets
@@ -23,7 +20,7 @@ from services.runtime.errors import Failure, Reason, deadline_exceeded
 from sluice.errors.v1 import error_reason_pb2
 from sluice.execution.v1 import execution_service_pb2 as pb2
 from sluice.inference.v1 import answer_pb2, receipt_pb2
-from sluice.metering.v1 import metering_service_pb2
+from sluice.metering.v1 import metering_service_pb2, price_pb2
 from sluice.routing.v1 import routing_service_pb2
 
 _MARGIN: Final = 0.02
@@ -42,54 +39,49 @@ Report = Callable[[receipt_pb2.Attempt], None]
 """Takes an attempt that ended, for what routing wants to know of it."""
 
 
-def _timestamp(nanoseconds: int) -> Timestamp:
-    return Timestamp(seconds=nanoseconds // _BILLION, nanos=nanoseconds % _BILLION)
-
-
-def _duration(nanoseconds: int) -> Duration:
-    return Duration(seconds=nanoseconds // _BILLION, nanos=nanoseconds % _BILLION)
-
-
 class _Attempt:
     """One attempt under way."""
 
-    __slots__ = ("began", "candidate", "first", "number", "operation", "price", "record", "settled", "target")
+    __slots__ = ("began", "candidate", "first", "id", "number", "operation", "price", "record", "settled", "target")
 
     def __init__(self, operation: Operation, number: int, candidate: routing_service_pb2.Candidate, target: Target) -> None:
         self.operation = operation
         self.number = number
         self.candidate = candidate
         self.target = target
-        self.price = candidate.price if candidate.HasField("price") else None
-        self.began = time.time_ns()
+        self.began = began = time.time_ns()
         self.first = 0
         self.settled = False
         billing = operation.billing
+        # What is known at the start: enough to settle an attempt of which nothing more is ever heard. Field by field: the constructor
+        # takes half as long again.
+        self.record = record = metering_service_pb2.Settlement()
+        record.attempt_id = self.id = f"{operation.id}/{number}"
+        record.operation_id = operation.id
+        record.tenant_id = billing.tenant_id
+        record.project_id = billing.project_id
+        record.key_id = billing.key_id
+        record.lease_id = billing.lease_id
+        record.hold_id = billing.hold_id
+        record.hold_nano_usd = billing.hold_nano_usd
+        record.model = target.model
+        record.provider = target.provider
+        moment = record.start_time
+        moment.seconds, moment.nanos = divmod(began, _BILLION)
+        record.task_type = billing.task_type
+        record.attempt_number = number
         count = operation.input_count
-        # What is known at the start: enough to settle an attempt of which nothing more is ever heard.
-        self.record = metering_service_pb2.Settlement(
-            attempt_id=f"{operation.id}/{number}",
-            operation_id=operation.id,
-            tenant_id=billing.tenant_id,
-            project_id=billing.project_id,
-            key_id=billing.key_id,
-            lease_id=billing.lease_id,
-            hold_id=billing.hold_id,
-            hold_nano_usd=billing.hold_nano_usd,
-            model=candidate.model,
-            provider=candidate.provider,
-            start_time=_timestamp(self.began),
-            task_type=billing.task_type,
-            attempt_number=number,
-            price_version=self.price.price_version if self.price is not None else "",
-        )
         if count:
-            usage = self.record.usage
+            usage = record.usage
             usage.input_token_count = count
             usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
-            if self.price is not None:
+        self.price: price_pb2.Price | None = None
+        if candidate.HasField("price"):
+            self.price = price = candidate.price
+            record.price_version = price.price_version
+            if count:
                 # What a crash of ours may have cost: the prompt at least.
-                self.record.cost_nano_usd = cost_of(self.price, usage)
+                record.cost_nano_usd = prompt_cost(price, count)
 
     def end(
         self,
@@ -127,32 +119,34 @@ class _Attempt:
             record.ClearField("usage")
         if not cost and usage is None:
             record.price_version = ""
-        reason = _REASONS[failure.reason] if failure is not None else error_reason_pb2.ERROR_REASON_UNSPECIFIED
         record.cost_nano_usd = cost
-        record.duration.seconds = took // _BILLION
-        record.duration.nanos = took % _BILLION
+        span = record.duration
+        span.seconds, span.nanos = divmod(took, _BILLION)
         record.outcome = outcome
-        record.error_reason = reason
         record.is_final = is_final
         operation = self.operation
         operation.cost += cost
         if usage is not None and self.price is not None:
-            operation.price_version = self.price.price_version
-        attempt = receipt_pb2.Attempt(
-            attempt_id=record.attempt_id,
-            model=record.model,
-            provider=record.provider,
-            start_time=record.start_time,
-            duration=record.duration,
-            outcome=outcome,
-            error_reason=reason,
-            usage=usage,
-            cost_nano_usd=cost,
-            provider_status=getattr(failure, "status", 0) if failure is not None else 200,
-        )
+            operation.price_version = record.price_version
+        # The receipt's, where it will be read: put together elsewhere it would have to be copied.
+        attempt = operation.attempts.add()
+        attempt.attempt_id = self.id
+        attempt.model = self.target.model
+        attempt.provider = self.target.provider
+        attempt.start_time.CopyFrom(record.start_time)
+        attempt.duration.CopyFrom(span)
+        attempt.outcome = outcome
+        attempt.cost_nano_usd = cost
+        if usage is not None:
+            attempt.usage.CopyFrom(usage)
+        if failure is None:
+            attempt.provider_status = 200
+        else:
+            record.error_reason = attempt.error_reason = _REASONS[failure.reason]
+            attempt.provider_status = getattr(failure, "status", 0)
         if self.first:
-            attempt.first_token_duration.CopyFrom(_duration(self.first - self.began))
-        operation.attempts.append(attempt)
+            first = attempt.first_token_duration
+            first.seconds, first.nanos = divmod(self.first - self.began, _BILLION)
         operation.report(attempt)
         return record
 
@@ -167,16 +161,17 @@ class Operation:
         spool: Spool,
         report: Report,
         deadline: float,
+        attempts: Any,
         *,
         first_byte_seconds: float,
     ) -> None:
-        """`request` is a CompleteRequest, StreamCompleteRequest or EmbedRequest."""
+        """`request` is a CompleteRequest, StreamCompleteRequest or EmbedRequest, `attempts` the field of the reply that takes them."""
         self.id: str = request.operation_id
         self.billing: pb2.Billing = request.billing
         self.candidates: Sequence[routing_service_pb2.Candidate] = request.candidates
         self.spool = spool
         self.report = report
-        self.attempts: list[receipt_pb2.Attempt] = []
+        self.attempts = attempts
         self.cost = 0
         self.price_version = ""
         self.input_count = 0
@@ -184,6 +179,7 @@ class Operation:
         self._targets = targets
         self._deadline = deadline
         self._first_byte = first_byte_seconds
+        self._now = asyncio.get_running_loop().time
         self._failed: list[tuple[str, Reason]] = []
         self._retry_delay: float | None = None
         self._number = 0
@@ -191,7 +187,7 @@ class Operation:
     # What one attempt may take.
 
     def _attempt_deadline(self, candidate: routing_service_pb2.Candidate, is_last: bool) -> float:
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         ends = min(self._deadline - _MARGIN, now + self._first_byte)
         if not is_last and candidate.HasField("attempt_timeout"):
             limit = candidate.attempt_timeout
@@ -205,24 +201,23 @@ class Operation:
         self._failed.append((candidate.model, reason))
         if delay is not None:
             self._retry_delay = delay if self._retry_delay is None else min(delay, self._retry_delay)
-        self.attempts.append(
-            receipt_pb2.Attempt(
-                attempt_id=f"{self.id}/-",
-                model=candidate.model,
-                provider=candidate.provider,
-                start_time=_timestamp(time.time_ns()),
-                outcome=receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT,
-                error_reason=_REASONS[reason],
-            )
+        skipped = self.attempts.add(
+            attempt_id=f"{self.id}/-",
+            model=candidate.model,
+            provider=candidate.provider,
+            outcome=receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT,
+            error_reason=_REASONS[reason],
         )
+        skipped.start_time.FromNanoseconds(time.time_ns())
 
     async def _begin(self, candidate: routing_service_pb2.Candidate) -> tuple[Provider, _Attempt] | None:
         """The provider and a recorded attempt; None when the candidate can't be called now. Raises SpoolFull."""
-        provider = self._targets.providers.get(candidate.provider)
+        name = candidate.provider
+        provider = self._targets.providers.get(name)
         if provider is None:
             self._skip(candidate, Reason.PROVIDER_UNAVAILABLE, None)
             return None
-        target = self._targets.target(candidate.provider, provider, candidate.model)
+        target = self._targets.target(name, provider, candidate.model)
         if not target.breaker.allow():
             self._skip(candidate, Reason.BREAKER_OPEN, target.breaker.retry_delay())
             return None
@@ -243,12 +238,12 @@ class Operation:
             raise
         return provider, attempt
 
-    def _prompt(self, candidate: routing_service_pb2.Candidate, deadline: float, accepted_wire: int) -> Prompt:
+    def _prompt(self, candidate: routing_service_pb2.Candidate, model: str, deadline: float, accepted_wire: int) -> Prompt:
         request = self._request
         conversation = request.conversation
         return Prompt(
             candidate.upstream_model,
-            candidate.model,
+            model,
             conversation,
             conversation.max_output_tokens if conversation.HasField("max_output_tokens") else 0,
             deadline,
@@ -283,7 +278,7 @@ class Operation:
         """Whether it was the caller's own deadline that ended the attempt, not one of ours."""
         if failure.reason is not Reason.PROVIDER_TIMEOUT or failure.status:
             return False
-        return asyncio.get_running_loop().time() >= self._deadline - _MARGIN - _LEAST
+        return self._now() >= self._deadline - _MARGIN - _LEAST
 
     def _dropped(self, attempt: _Attempt, usage: answer_pb2.Usage | None, error: BaseException) -> None:
         """Settles an attempt that ended by something else than its provider: its caller went away, or a fault of ours."""
@@ -300,7 +295,7 @@ class Operation:
         attempt.end(outcome, usage=usage, is_final=True, failure=failure)
 
     def _exhausted(self) -> Failure:
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         if self._deadline - _MARGIN - now < _LEAST:
             return deadline_exceeded("a provider")
         return AllFailed(self._failed, self._retry_delay)
@@ -319,7 +314,7 @@ class Operation:
                     break
                 provider, attempt = begun
                 try:
-                    prompt = self._prompt(candidate, self._attempt_deadline(candidate, is_last), 0)
+                    prompt = self._prompt(candidate, attempt.target.model, self._attempt_deadline(candidate, is_last), 0)
                     completed = await provider.complete(prompt)
                 except ConnectionStale as failure:
                     self._failure(attempt, failure, is_last=is_last and again, is_stale=not again)
@@ -377,7 +372,7 @@ class Operation:
                     attempt.target.breaker.ignored()
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
                     raise
-                prompt = self._prompt(candidate, self._deadline - _MARGIN, wire)
+                prompt = self._prompt(candidate, attempt.target.model, self._deadline - _MARGIN, wire)
                 pieces = provider.stream(prompt)
                 try:
                     try:

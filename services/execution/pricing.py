@@ -10,6 +10,11 @@ from sluice.metering.v1 import price_pb2
 _MILLION: Final = 1_000_000
 
 
+def prompt_cost(price: price_pb2.Price, token_count: int) -> int:
+    """Nano-dollars of a prompt alone: `cost_of` where nothing else was used."""
+    return -(-token_count * price.input_nano_usd_per_million // _MILLION) + price.request_nano_usd
+
+
 def cost_of(price: price_pb2.Price, usage: answer_pb2.Usage) -> int:
     """Nano-dollars."""
     cached, written = usage.cached_input_token_count, usage.cache_write_token_count
@@ -27,4 +32,7 @@ def cost_of(price: price_pb2.Price, usage: answer_pb2.Usage) -> int:
     if reasoning > 0:
         has = price.HasField("reasoning_nano_usd_per_million")
         micro += reasoning * (price.reasoning_nano_usd_per_million if has else output_price)
-    return -(-micro // _MILLION) + max(0, usage.image_count) * price.image_nano_usd + price.request_nano_usd
+    images = usage.image_count
+    if images > 0:
+        return -(-micro // _MILLION) + images * price.image_nano_usd + price.request_nano_usd
+    return -(-micro // _MILLION) + price.request_nano_usd

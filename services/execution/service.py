@@ -96,7 +96,7 @@ class ExecutionServicer:
         except TimeoutError:
             return
 
-    def _begin(self, request: Any, call: Call) -> Operation:
+    def _begin(self, request: Any, call: Call, attempts: Any) -> Operation:
         """An operation; raises Failure REQUEST_INVALID, or STATE_CONFLICT for an operation that ran here already."""
         if not request.operation_id or len(request.operation_id) > 128:
             raise invalid("operation_id", "must have 1 to 128 characters")
@@ -116,7 +116,7 @@ class ExecutionServicer:
         self._running[operation] = None
         self._idle.clear()
         return Operation(
-            request, self._targets, self._spool, self._reports.add, call.deadline, first_byte_seconds=self._first_byte
+            request, self._targets, self._spool, self._reports.add, call.deadline, attempts, first_byte_seconds=self._first_byte
         )
 
     def _end(self, operation: str) -> None:
@@ -131,27 +131,27 @@ class ExecutionServicer:
         """See the proto."""
         if not request.conversation.messages:
             raise invalid("conversation", "must have at least one message")
-        operation = self._begin(request, call)
+        response = pb2.CompleteResponse()
+        operation = self._begin(request, call, response.attempts)
         try:
             completed = await operation.complete()
         except Failure as failure:
             raise _costed(failure, operation) from None
         finally:
             self._end(operation.id)
-        return pb2.CompleteResponse(
-            answer=completed.answer,
-            attempts=operation.attempts,
-            cost_nano_usd=operation.cost,
-            price_version=operation.price_version,
-        )
+        response.answer.CopyFrom(completed.answer)
+        response.cost_nano_usd = operation.cost
+        response.price_version = operation.price_version
+        return response
 
     async def StreamComplete(self, request: pb2.StreamCompleteRequest, call: Call) -> AsyncIterator[pb2.StreamCompleteResponse]:
         """See the proto."""
         if not request.conversation.messages:
             raise invalid("conversation", "must have at least one message")
-        operation = self._begin(request, call)
-        events: AsyncGenerator[Any, None] | None = None
         response = pb2.StreamCompleteResponse
+        last = response()
+        operation = self._begin(request, call, last.finished.attempts)
+        events: AsyncGenerator[Any, None] | None = None
         try:
             events = await operation.open_stream()
             async for event in events:
@@ -160,14 +160,11 @@ class ExecutionServicer:
                 elif isinstance(event, pb2.DeltaBatch):
                     yield response(deltas=event)
                 elif isinstance(event, Completed):
-                    yield response(
-                        finished=pb2.CompletionFinished(
-                            answer=event.answer,
-                            attempts=operation.attempts,
-                            cost_nano_usd=operation.cost,
-                            price_version=operation.price_version,
-                        )
-                    )
+                    finished = last.finished
+                    finished.answer.CopyFrom(event.answer)
+                    finished.cost_nano_usd = operation.cost
+                    finished.price_version = operation.price_version
+                    yield last
                 else:
                     yield response(opened=event)
         except Failure as failure:
@@ -182,21 +179,20 @@ class ExecutionServicer:
         """See the proto."""
         if not 1 <= len(request.inputs) <= MAX_INPUTS:
             raise invalid("inputs", f"must have 1 to {MAX_INPUTS} entries, got {len(request.inputs)}")
-        operation = self._begin(request, call)
+        response = pb2.EmbedResponse()
+        operation = self._begin(request, call, response.attempts)
         try:
             embedded, model = await operation.embed()
         except Failure as failure:
             raise _costed(failure, operation) from None
         finally:
             self._end(operation.id)
-        return pb2.EmbedResponse(
-            embeddings=[inference_service_pb2.Embedding(values=vector) for vector in embedded.vectors],
-            usage=embedded.usage,
-            attempts=operation.attempts,
-            cost_nano_usd=operation.cost,
-            price_version=operation.price_version,
-            model=model,
-        )
+        response.embeddings.extend([inference_service_pb2.Embedding(values=vector) for vector in embedded.vectors])
+        response.usage.CopyFrom(embedded.usage)
+        response.cost_nano_usd = operation.cost
+        response.price_version = operation.price_version
+        response.model = model
+        return response
 
     async def ListProviders(self, request: pb2.ListProvidersRequest, call: Call) -> pb2.ListProvidersResponse:
         """See the proto."""

@@ -59,9 +59,7 @@ class Settlement(NamedTuple):
 
 def chained(previous: bytes, entry: Entry) -> bytes:
     """Hash of an entry and of all before it: a changed, missing or inserted row breaks every later one."""
-    digest = blake2b(previous, digest_size=16)
-    digest.update("\x1f".join(map(str, entry)).encode())
-    return digest.digest()
+    return blake2b(previous + "\x1f".join(map(str, entry)).encode(), digest_size=16).digest()
 
 
 class PostState(enum.Enum):

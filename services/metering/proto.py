@@ -45,6 +45,7 @@ _MAX_SECONDS: Final = 253_402_300_799
 _MAX_DURATION: Final = 315_576_000_000
 """Bound of google.protobuf.Duration, s."""
 _NANOS: Final = 1_000_000_000
+_IDS: Final = ("attempt_id", "operation_id", "tenant_id", "project_id", "key_id")
 _COUNTS: Final = (
     "input_token_count",
     "cached_input_token_count",
@@ -91,56 +92,66 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
     Its cost is checked against the price that it names. What a provider charged for is owed whatever we think of the sum, so
     a mismatch is posted as sent and flagged, and `usage` and `verify` show it.
     """
-    for field in ("attempt_id", "operation_id", "tenant_id", "project_id", "key_id"):
-        required(getattr(message, field), field)
-    amount = message.cost_nano_usd
+    # Each field is read once: a text is made anew at every read, and every settlement of the mesh passes here.
+    attempt_id, operation_id = message.attempt_id, message.operation_id
+    tenant_id, project_id, key_id = message.tenant_id, message.project_id, message.key_id
+    for field, value in zip(_IDS, (attempt_id, operation_id, tenant_id, project_id, key_id), strict=True):
+        required(value, field)
+    amount, saved = message.cost_nano_usd, message.saved_nano_usd
     if not 0 <= amount <= _MAX_AMOUNT:
         raise invalid("cost_nano_usd", f"must be 0 to {_MAX_AMOUNT}, got {amount}")
-    if not 0 <= message.saved_nano_usd <= _MAX_AMOUNT:
-        raise invalid("saved_nano_usd", f"must be 0 to {_MAX_AMOUNT}, got {message.saved_nano_usd}")
+    if not 0 <= saved <= _MAX_AMOUNT:
+        raise invalid("saved_nano_usd", f"must be 0 to {_MAX_AMOUNT}, got {saved}")
     usage = message.usage
-    for field in _COUNTS:
-        if not 0 <= getattr(usage, field) <= _MAX_COUNT:
-            raise invalid(f"usage.{field}", f"must be 0 to {_MAX_COUNT}, got {getattr(usage, field)}")
-    took = message.duration
-    if not 0 <= took.seconds <= _MAX_DURATION or not 0 <= took.nanos < _NANOS:
-        raise invalid("duration", f"must be 0 to {_MAX_DURATION} seconds")
-    flags = ""
-    if message.price_version:
-        price = book.by_version(message.price_version)
-        if price is None:
-            # A price of another version of the file: known to whoever charged, not to us any more.
-            flags = "price_unknown"
-        elif amount != _expected(price, usage):
-            flags = "cost_mismatch"
-    elif amount:
-        flags = "price_unknown"
-    platform = message.payer == metering_service_pb2.PAYER_PLATFORM
-    entry = Entry(
-        message.attempt_id,
-        message.operation_id,
-        PLATFORM if platform else key_account(message.key_id),
-        f"provider/{message.provider}",
-        amount,
-        message.tenant_id,
-        message.project_id,
-        message.key_id,
-        message.model,
-        message.provider,
+    counts = (
         usage.input_token_count,
         usage.cached_input_token_count,
         usage.cache_write_token_count,
         usage.output_token_count,
         usage.reasoning_token_count,
         usage.image_count,
+    )
+    if min(counts) < 0 or max(counts) > _MAX_COUNT:
+        for field, count in zip(_COUNTS, counts, strict=True):
+            if not 0 <= count <= _MAX_COUNT:
+                raise invalid(f"usage.{field}", f"must be 0 to {_MAX_COUNT}, got {count}")
+    took = message.duration
+    seconds, nanos = took.seconds, took.nanos
+    if not 0 <= seconds <= _MAX_DURATION or not 0 <= nanos < _NANOS:
+        raise invalid("duration", f"must be 0 to {_MAX_DURATION} seconds")
+    flags = ""
+    price_version = message.price_version
+    if price_version:
+        price = book.by_version(price_version)
+        if price is None:
+            # A price of another version of the file: known to whoever charged, not to us any more.
+            flags = "price_unknown"
+        elif amount != _expected(price, counts):
+            flags = "cost_mismatch"
+    elif amount:
+        flags = "price_unknown"
+    platform = message.payer == metering_service_pb2.PAYER_PLATFORM
+    provider = message.provider
+    entry = Entry(
+        attempt_id,
+        operation_id,
+        PLATFORM if platform else key_account(key_id),
+        f"provider/{provider}",
+        amount,
+        tenant_id,
+        project_id,
+        key_id,
+        message.model,
+        provider,
+        *counts,
         usage.source,
-        message.price_version,
+        price_version,
         micros_of(message.start_time, "start_time") or now_micros,
-        took.seconds * 1_000_000 + took.nanos // 1000,
+        seconds * 1_000_000 + nanos // 1000,
         message.outcome,
         message.error_reason,
         message.task_type,
-        message.saved_nano_usd,
+        saved,
         message.cache_status,
         message.attempt_number,
         flags,
@@ -149,15 +160,17 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
     return Settlement(entry, message.lease_id, message.hold_id, message.is_final)
 
 
-def _expected(price: Price, usage: answer_pb2.Usage) -> int:
+def _expected(price: Price, counts: tuple[int, int, int, int, int, int]) -> int:
+    """What the price makes of `counts`, which are in the order of `_COUNTS`."""
+    input_tokens, cached, written, output, reasoning, images = counts
     return cost_of(
         price,
-        input_tokens=usage.input_token_count,
-        cached_tokens=usage.cached_input_token_count,
-        cache_write_tokens=usage.cache_write_token_count,
-        output_tokens=usage.output_token_count,
-        reasoning_tokens=usage.reasoning_token_count,
-        images=usage.image_count,
+        input_tokens=input_tokens,
+        cached_tokens=cached,
+        cache_write_tokens=written,
+        output_tokens=output,
+        reasoning_tokens=reasoning,
+        images=images,
     )
 
 

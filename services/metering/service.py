@@ -131,23 +131,31 @@ class MeteringServicer:
             raise invalid("settlements", f"must have 1 to {MAX_SETTLEMENTS} entries, got {len(request.settlements)}")
         now = micros_now()
         book = self._prices.book
-        results = pb2.PostSettlementsResponse()
+        response = pb2.PostSettlementsResponse()
+        add = response.results.add
         good: list[Settlement] = []
         places: list[pb2.SettlementResult] = []
         for message in request.settlements:
-            result = results.results.add(attempt_id=message.attempt_id)
+            result = add()
             try:
-                good.append(settlement_from_proto(message, book, now))
+                settlement = settlement_from_proto(message, book, now)
             except Failure as failure:
+                result.attempt_id = message.attempt_id
                 result.state = pb2.SETTLEMENT_STATE_REFUSED
                 result.status.CopyFrom(status_from_failure(failure))
-                self._posted.labels("refused").inc()
             else:
+                result.attempt_id = settlement.entry.attempt_id
+                good.append(settlement)
                 places.append(result)
+        if len(good) < len(request.settlements):
+            self._posted.labels("refused").inc(len(request.settlements) - len(good))
         if good:
-            for result, state, settlement in zip(places, await self._store.post(good), good, strict=True):
+            states = await self._store.post(good)
+            for result, state, settlement in zip(places, states, good, strict=True):
                 result.state = _STATES[state]
-                self._posted.labels(state.value).inc()
                 if settlement.entry.flags and state is PostState.POSTED:
                     self._flagged.inc()
-        return results
+            for state in PostState:
+                if count := states.count(state):
+                    self._posted.labels(state.value).inc(count)
+        return response

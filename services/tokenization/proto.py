@@ -41,12 +41,18 @@ def conversation_from_proto(message: conversation_pb2.Conversation) -> Conversat
         if role is None:
             raise invalid(f"conversation.messages[{index}].role", "must be set")
         parts = given.parts
-        if len(parts) == 1 and parts[0].WhichOneof("kind") == "text":
-            turns.append(Turn(role, parts[0].text, given.name))
+        if len(parts) == 1 and (part := parts[0]).HasField("text"):
+            turns.append(Turn(role, part.text, given.name))
         else:
             turns.append(_turn(role, given, parts))
-    tools = tuple(Tool(tool.name, tool.description, tool.parameters_json_schema) for tool in message.tools)
-    return Conversation(tuple(turns), tools, message.response_format.json_schema)
+    tools = message.tools
+    if not tools and not message.HasField("response_format"):
+        return Conversation(tuple(turns))
+    return Conversation(
+        tuple(turns),
+        tuple([Tool(tool.name, tool.description, tool.parameters_json_schema) for tool in tools]),
+        message.response_format.json_schema,
+    )
 
 
 def _turn(role: Role, given: conversation_pb2.Message, parts: Sequence[conversation_pb2.Part]) -> Turn:
@@ -105,12 +111,17 @@ def _jpeg_size(data: bytes) -> tuple[int | None, int | None]:
 
 def count_to_proto(count: Count) -> receipt_pb2.TokenCount:
     """The count as a message."""
-    return receipt_pb2.TokenCount(
-        token_count=count.tokens,
-        method=_METHODS[count.method],
-        tokenizer=count.tokenizer,
-        error_bound=count.error_bound,
-    )
+    message = receipt_pb2.TokenCount()
+    fill_count(message, count)
+    return message
+
+
+def fill_count(message: receipt_pb2.TokenCount, count: Count) -> None:
+    """Fills an empty message with the count, field by field: the constructor takes half as long again."""
+    message.token_count = count.tokens
+    message.method = _METHODS[count.method]
+    message.tokenizer = count.tokenizer
+    message.error_bound = count.error_bound
 
 
 def method_to_proto(method: Method) -> receipt_pb2.TokenCountMethod.ValueType:

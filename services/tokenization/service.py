@@ -11,7 +11,7 @@ from services.runtime.errors import invalid
 from services.tokenization.counting import Counter
 from services.tokenization.estimator import Estimator
 from services.tokenization.fitting import fit
-from services.tokenization.proto import conversation_from_proto, count_to_proto, method_to_proto
+from services.tokenization.proto import conversation_from_proto, count_to_proto, fill_count, method_to_proto
 from services.tokenization.tokenizers import Tokenizers, count_all
 from sluice.inference.v1 import conversation_pb2
 from sluice.tokenization.v1 import tokenization_service_pb2 as pb2
@@ -37,17 +37,26 @@ class TokenizationServicer:
 
     async def Count(self, request: pb2.CountRequest, call: Call) -> pb2.CountResponse:
         """See the proto."""
-        if not 1 <= len(request.models) <= MAX_MODELS:
-            raise invalid("models", f"must have 1 to {MAX_MODELS} entries, got {len(request.models)}")
+        models = request.models
+        if not 1 <= len(models) <= MAX_MODELS:
+            raise invalid("models", f"must have 1 to {MAX_MODELS} entries, got {len(models)}")
         _require(request.HasField("conversation"))
         conversation = conversation_from_proto(request.conversation)
-        counters = [await self._counter(model) for model in request.models]
-        if conversation.size <= self._inline:
+        is_short = conversation.size <= self._inline
+        response = pb2.CountResponse()
+        if is_short and len(models) == 1 and (counter := self._tokenizers.known(models[0])) is not None:
+            # What nearly every call is.
+            fill_count(response.counts.add(), counter.count(conversation))
+            return response
+        counters = [await self._counter(model) for model in models]
+        if is_short:
             counts = count_all(counters, conversation)
         else:
             loop = asyncio.get_running_loop()
             counts = await loop.run_in_executor(self._executor, count_all, counters, conversation)
-        return pb2.CountResponse(counts=[count_to_proto(count) for count in counts])
+        for count in counts:
+            fill_count(response.counts.add(), count)
+        return response
 
     async def CountTexts(self, request: pb2.CountTextsRequest, call: Call) -> pb2.CountTextsResponse:
         """See the proto."""

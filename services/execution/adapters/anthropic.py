@@ -10,7 +10,7 @@ import orjson
 
 from services.execution.adapters.faults import fault, json_of, malformed, stream_fault
 from services.execution.adapters.http1 import Pool, beginning
-from services.execution.adapters.openai import MOST_KEPT
+from services.execution.adapters.openai import MOST_KEPT, described_schema
 from services.execution.adapters.sse import EventCutter, data_of, events
 from services.execution.errors import AttemptFailed
 from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt
@@ -44,7 +44,9 @@ _FINISHES: Final = {
     "pause_turn": answer_pb2.FINISH_REASON_ERROR,
 }
 _FORMAT_TOOL: Final = "answer"
-"""Anthropic gives no grammar for JSON; a tool whose input is the schema, and which must be called, is its own advice."""
+"""Stands for a format that isn't strict: Anthropic's grammar takes some schemas only, and none for any object. A tool whose input is
+the schema, and which must be called, is its own advice."""
+_MUST_CALL: Final = (conversation_pb2.TOOL_CHOICE_MODE_REQUIRED, conversation_pb2.TOOL_CHOICE_MODE_NAMED)
 _SYSTEM: Final = (conversation_pb2.ROLE_SYSTEM, conversation_pb2.ROLE_DEVELOPER)
 
 
@@ -84,38 +86,34 @@ def _options(conversation: conversation_pb2.Conversation, prompt: Prompt, body: 
             body[name] = getattr(sampling, name)
     if conversation.stop_sequences:
         body["stop_sequences"] = list(conversation.stop_sequences)
-    tools = [
-        {
-            "name": tool.name,
-            "description": tool.description,
-            "input_schema": json_of(tool.parameters_json_schema, "conversation.tools")
-            if tool.parameters_json_schema
-            else {"type": "object"},
-        }
-        for tool in conversation.tools
-    ]
+    tools = [_tool(tool) for tool in conversation.tools]
     choice: dict[str, Any] | None = None
+    mode = conversation.tool_choice.mode
     if conversation.HasField("tool_choice") and tools:
-        mode = conversation.tool_choice.mode
         choice = {"type": _CHOICES[mode]} if mode in _CHOICES else {"type": "tool", "name": conversation.tool_choice.name}
-    if conversation.HasField("parallel_tool_calls") and tools:
+    # Where no tool may be called there is nothing to run side by side, and Anthropic refuses the word.
+    if conversation.HasField("parallel_tool_calls") and tools and mode != conversation_pb2.TOOL_CHOICE_MODE_NONE:
         choice = {**(choice or {"type": "auto"}), "disable_parallel_tool_use": not conversation.parallel_tool_calls}
-    if _has_format(conversation):
-        schema = conversation.response_format.json_schema
-        tools.append(
-            {
-                "name": _FORMAT_TOOL,
-                "description": conversation.response_format.description or "Give the answer by calling this tool.",
-                "input_schema": json_of(schema, "conversation.response_format") if schema else {"type": "object"},
-            }
-        )
-        choice = {"type": "tool", "name": _FORMAT_TOOL}
+    if _has_grammar(conversation):
+        schema = described_schema(conversation.response_format)
+        body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
+    if _has_format_tool(conversation):
+        text = conversation.response_format.json_schema
+        answer = {
+            "name": _FORMAT_TOOL,
+            "description": conversation.response_format.description or "Give the answer by calling this tool.",
+            "input_schema": json_of(text, "conversation.response_format") if text else {"type": "object"},
+        }
+        # The model calls one of the caller's tools or gives the answer, where both are allowed.
+        both = tools and mode != conversation_pb2.TOOL_CHOICE_MODE_NONE
+        choice = {**(choice or {}), "type": "any"} if both else {"type": "tool", "name": _FORMAT_TOOL}
+        tools.append(answer)
     if tools:
         body["tools"] = tools
     if choice is not None:
         body["tool_choice"] = choice
     budget = _BUDGETS.get(conversation.reasoning_effort)
-    # Anthropic refuses thinking where a tool must be called.
+    # Anthropic refuses thinking where a tool must be called; routing sends no request that asks for both.
     forced = choice is not None and choice["type"] in ("any", "tool")
     if budget is not None and body["max_tokens"] > 1024 and not forced:
         body["thinking"] = {"type": "enabled", "budget_tokens": min(budget, max(1024, body["max_tokens"] // 2))}
@@ -123,11 +121,28 @@ def _options(conversation: conversation_pb2.Conversation, prompt: Prompt, body: 
         body["metadata"] = {"user_id": prompt.end_user_hash}
 
 
-def _has_format(conversation: conversation_pb2.Conversation) -> bool:
-    return conversation.response_format.kind in (
-        conversation_pb2.RESPONSE_FORMAT_KIND_JSON_OBJECT,
-        conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA,
-    )
+def _tool(tool: conversation_pb2.ToolDefinition) -> dict[str, Any]:
+    schema = tool.parameters_json_schema
+    made = {
+        "name": tool.name,
+        "description": tool.description,
+        "input_schema": json_of(schema, "conversation.tools") if schema else {"type": "object"},
+    }
+    # False is Anthropic's default, and older models don't know the word.
+    return {**made, "strict": True} if tool.strict else made
+
+
+def _has_grammar(conversation: conversation_pb2.Conversation) -> bool:
+    wanted = conversation.response_format
+    return wanted.kind == conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA and wanted.strict
+
+
+def _has_format_tool(conversation: conversation_pb2.Conversation) -> bool:
+    kind = conversation.response_format.kind
+    if kind not in (conversation_pb2.RESPONSE_FORMAT_KIND_JSON_OBJECT, conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA):
+        return False
+    # An answer that must be a call has no text, so nothing that could have a form.
+    return not _has_grammar(conversation) and conversation.tool_choice.mode not in _MUST_CALL
 
 
 def _block(part: conversation_pb2.Part) -> dict[str, Any] | None:
@@ -198,7 +213,8 @@ def answer_of(document: Any, model: str, *, formatted: bool) -> answer_pb2.Answe
                     else:
                         call = turn.parts.add().tool_call
                         call.id, call.name, call.arguments_json = block["id"], block["name"], arguments
-        answer.finish_reason = _finish(document.get("stop_reason"), formatted)
+        called = any(part.HasField("tool_call") for part in turn.parts)
+        answer.finish_reason = _finish(document.get("stop_reason"), formatted and not called)
         answer.stop_sequence = document.get("stop_sequence") or ""
         if document.get("usage"):
             usage_of(document["usage"], answer.usage)
@@ -241,7 +257,7 @@ class Gathered:
                     return self._delta(event["index"], event["delta"])
                 case "message_delta":
                     delta = event["delta"]
-                    self._answer.finish_reason = _finish(delta.get("stop_reason"), self._formatted)
+                    self._answer.finish_reason = _finish(delta.get("stop_reason"), self._formatted and not self._calls)
                     self._answer.stop_sequence = delta.get("stop_sequence") or ""
                     if event.get("usage"):
                         usage_of(event["usage"], self._answer.usage)
@@ -343,7 +359,7 @@ class AnthropicProvider:
             document = orjson.loads(response.body)
         except orjson.JSONDecodeError:
             raise malformed("no JSON") from None
-        return Completed(answer_of(document, prompt.model, formatted=_has_format(prompt.conversation)))
+        return Completed(answer_of(document, prompt.model, formatted=_has_format_tool(prompt.conversation)))
 
     async def stream(self, prompt: Prompt) -> AsyncIterator[Any]:
         """See Provider."""
@@ -351,7 +367,7 @@ class AnthropicProvider:
         head = self._head("POST", "/v1/messages", "text/event-stream")
         connection, response = await self._pool.open_stream(head, body, prompt.deadline)
         pieces = connection.pieces(self._idle, prompt.deadline)
-        formatted = _has_format(prompt.conversation)
+        formatted = _has_format_tool(prompt.conversation)
         # The tool that stands for a JSON format must not be seen by the caller: such streams are translated.
         wire = prompt.accepted_wire == _WIRE and not formatted
         gathered = Gathered(prompt.model, formatted=formatted)

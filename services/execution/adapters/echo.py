@@ -19,7 +19,8 @@ block `[[echo {"name": value}]]` in the last user turn (the block wins, and is c
     reasoning        text that it shows as reasoning
     refusal          text with which it refuses
 
-With a response format of JSON it answers with a document that satisfies the schema.
+With a response format of JSON it answers with a document that satisfies the schema. It takes every other field of a conversation, and
+none has an effect: nothing is generated that it could change.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import orjson
 
 from services.execution.adapters.faults import fault, json_of, malformed, stream_fault
 from services.execution.adapters.http1 import Pool, beginning
-from services.execution.adapters.openai import MOST_KEPT
+from services.execution.adapters.openai import MOST_KEPT, described_schema
 from services.execution.adapters.sse import EventCutter, data_of, events
 from services.execution.errors import AttemptFailed
 from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt
@@ -56,18 +56,15 @@ def request_of(prompt: Prompt) -> dict[str, Any]:
     conversation: conversation_pb2.Conversation = prompt.conversation
     system: list[dict[str, Any]] = []
     contents: list[dict[str, Any]] = []
-    names = {
-        part.tool_call.id: part.tool_call.name
-        for message in conversation.messages
-        for part in message.parts
-        if part.HasField("tool_call")
-    }
+    names: dict[str, str] = {}
     for message in conversation.messages:
         if message.role in _SYSTEM:
             system += [{"text": part.text} for part in message.parts if part.text]
             continue
         role = "model" if message.role == conversation_pb2.ROLE_ASSISTANT else "user"
-        parts = [made for part in message.parts if (made := _part(part, names)) is not None]
+        # In order: an id may come again in a later turn, for another tool.
+        names.update((part.tool_call.id, part.tool_call.name) for part in message.parts if part.HasField("tool_call"))
+        parts = [made for part in message.parts if (made := _part(part, names, message.name)) is not None]
         if contents and contents[-1]["role"] == role:
             contents[-1]["parts"] += parts
         else:
@@ -83,16 +80,26 @@ def request_of(prompt: Prompt) -> dict[str, Any]:
                 declared["parametersJsonSchema"] = json_of(tool.parameters_json_schema, "conversation.tools")
             declarations.append(declared)
         body["tools"] = [{"functionDeclarations": declarations}]
-        if conversation.HasField("tool_choice"):
-            choice = conversation.tool_choice
-            calling: dict[str, Any] = {"mode": _MODES.get(choice.mode, "ANY")}
-            if choice.mode == conversation_pb2.TOOL_CHOICE_MODE_NAMED:
-                calling["allowedFunctionNames"] = [choice.name]
+        calling = _calling(conversation)
+        if calling is not None:
             body["toolConfig"] = {"functionCallingConfig": calling}
     configuration = _configuration(conversation, prompt.max_output_tokens)
     if configuration:
         body["generationConfig"] = configuration
     return body
+
+
+def _calling(conversation: conversation_pb2.Conversation) -> dict[str, Any] | None:
+    choice = conversation.tool_choice
+    mode = _MODES.get(choice.mode, "ANY") if conversation.HasField("tool_choice") else "AUTO"
+    # Gemini has strictness for all tools at once: ANY holds the calls to their schemas, VALIDATED does where the model may also talk.
+    if mode == "AUTO" and any(tool.strict for tool in conversation.tools):
+        return {"mode": "VALIDATED"}
+    if not conversation.HasField("tool_choice"):
+        return None
+    if choice.mode == conversation_pb2.TOOL_CHOICE_MODE_NAMED:
+        return {"mode": mode, "allowedFunctionNames": [choice.name]}
+    return {"mode": mode}
 
 
 def _configuration(conversation: conversation_pb2.Conversation, most: int) -> dict[str, Any]:
@@ -109,14 +116,16 @@ def _configuration(conversation: conversation_pb2.Conversation, most: int) -> di
     if wanted.kind in (conversation_pb2.RESPONSE_FORMAT_KIND_JSON_OBJECT, conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA):
         made["responseMimeType"] = "application/json"
         if wanted.json_schema:
-            made["responseJsonSchema"] = json_of(wanted.json_schema, "conversation.response_format")
+            # Gemini draws the answer by a grammar of the schema: `strict` is what it does anyway.
+            made["responseJsonSchema"] = described_schema(wanted)
     budget = _BUDGETS.get(conversation.reasoning_effort)
     if budget is not None:
         made["thinkingConfig"] = {"thinkingBudget": budget, "includeThoughts": budget > 0}
     return made
 
 
-def _part(part: conversation_pb2.Part, names: Mapping[str, str]) -> dict[str, Any] | None:
+def _part(part: conversation_pb2.Part, names: Mapping[str, str], name: str) -> dict[str, Any] | None:
+    """`names`: of the tools by call; `name`: the turn's own, for a result whose call isn't there."""
     match part.WhichOneof("kind"):
         case "text":
             return {"text": part.text} if part.text else None
@@ -130,6 +139,7 @@ def _part(part: conversation_pb2.Part, names: Mapping[str, str]) -> dict[str, An
         case "tool_call":
             return {
                 "functionCall": {
+                    "id": part.tool_call.id,
                     "name": part.tool_call.name,
                     "args": json_of(part.tool_call.arguments_json or "{}", "conversation.messages"),
                 }
@@ -139,11 +149,14 @@ def _part(part: conversation_pb2.Part, names: Mapping[str, str]) -> dict[str, An
             key = "error" if result.is_error else "output"
             return {
                 "functionResponse": {
-                    "name": names.get(result.tool_call_id, result.tool_call_id),
+                    # Two calls of one tool can be told apart by their ids alone.
+                    "id": result.tool_call_id,
+                    "name": names.get(result.tool_call_id) or name or result.tool_call_id,
                     "response": {key: result.text},
                 }
             }
         case _:
+            # Thinking isn't taken back as words.
             return None
 
 
@@ -184,9 +197,9 @@ class Gathered:
         if "functionCall" in part:
             call = part["functionCall"]
             arguments = orjson.dumps(call.get("args") or {}).decode()
-            made = answer_pb2.ToolCallDelta(
-                index=self._calls, id=call.get("id") or f"call_{self._calls}", name=call["name"], arguments_json=arguments
-            )
+            # Older models give no ids, and one must be unique in the conversation, not in the answer alone.
+            identity = call.get("id") or f"call_{self._id[:64]}_{self._calls}"
+            made = answer_pb2.ToolCallDelta(index=self._calls, id=identity, name=call["name"], arguments_json=arguments)
             self._calls += 1
             self._parts.append(("call", [arguments], made))
             return [answer_pb2.Delta(tool_call=made)]

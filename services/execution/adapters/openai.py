@@ -73,11 +73,14 @@ def message_of(message: conversation_pb2.Message) -> list[dict[str, Any]]:
                     {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments_json}}
                 )
             case "tool_result":
-                results.append(
-                    {"role": "tool", "tool_call_id": part.tool_result.tool_call_id, "content": part.tool_result.text}
-                )
+                # Chat completions have no mark for a failure: the contract has the text say it.
+                result = {"role": "tool", "tool_call_id": part.tool_result.tool_call_id, "content": part.tool_result.text}
+                results.append({**result, "name": message.name} if message.name else result)
             case "refusal":
-                refusal = part.refusal
+                refusal += part.refusal
+            case "reasoning":
+                # Chat completions don't take thinking back; what a server showed is for the caller alone.
+                pass
     if results:
         return results
     made: dict[str, Any] = {"role": role}
@@ -167,7 +170,7 @@ def _format(wanted: conversation_pb2.ResponseFormat) -> dict[str, Any] | None:
     if wanted.kind != conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA:
         return None
     schema: dict[str, Any] = {
-        "name": wanted.name or "answer",
+        "name": wanted.name or "response",
         "schema": json_of(wanted.json_schema, "conversation.response_format"),
     }
     if wanted.HasField("strict"):
@@ -175,6 +178,15 @@ def _format(wanted: conversation_pb2.ResponseFormat) -> dict[str, Any] | None:
     if wanted.description:
         schema["description"] = wanted.description
     return {"type": "json_schema", "json_schema": schema}
+
+
+def described_schema(wanted: conversation_pb2.ResponseFormat) -> Any:
+    """The schema of a format with the format's description at its root, for APIs that take the schema alone."""
+    schema = json_of(wanted.json_schema, "conversation.response_format")
+    if wanted.description and isinstance(schema, dict):
+        own = schema.get("description")
+        schema["description"] = f"{wanted.description}\n\n{own}" if own else wanted.description
+    return schema
 
 
 def usage_of(raw: Mapping[str, Any], usage: answer_pb2.Usage) -> None:

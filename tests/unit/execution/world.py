@@ -69,7 +69,10 @@ class World:
             **fields,
         }
         deadline = asyncio.get_running_loop().time() + seconds
-        return Operation(kind(**made), self.targets, self.spool, self.reports.append, deadline, first_byte_seconds=PATIENCE)
+        attempts = pb2.CompleteResponse().attempts
+        return Operation(
+            kind(**made), self.targets, self.spool, self.reports.append, deadline, attempts, first_byte_seconds=PATIENCE
+        )
 
     def stream(self, *providers: str, **fields: Any) -> Operation:
         """A streamed one."""
