@@ -97,6 +97,7 @@ class CachingServicer:
         self._tallies: dict[tuple[str, str], Tally] = {}
         self._other = Tally()
         self._purges: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._prefix: Callable[[str, str, str, str, int, str], bytes] = functools.lru_cache(1024)(keys.prefix)
         self._partition: Callable[[str], str] = functools.lru_cache(4096)(keys.partition)
         self._partition_bytes: Callable[[str], bytes] = functools.lru_cache(4096)(_partition_bytes)
 
@@ -131,7 +132,7 @@ class CachingServicer:
         if b"http" in content and has_remote_picture(conversation):
             verdict.reason = "a picture is given by its address, and what is there may change"
             return self._end(response, receipt_pb2.CACHE_STATUS_BYPASS, "bypass", began)
-        prefix = keys.prefix(tenant, namespace, request.model, request.policy_version, request.task_type, request.routing_scope)
+        prefix = self._prefix(tenant, namespace, request.model, request.policy_version, request.task_type, request.routing_scope)
         key = keys.exact_key(prefix, content)
         now = self._now()
         tally = self._tally(tenant, namespace)
@@ -188,12 +189,12 @@ class CachingServicer:
         now = self._now()
         if ttl <= 0 or self._purged_since(tenant, namespace, ticket.create_time):
             return response
-        size = entry.ByteSize()
+        # As bytes: a message keeps the memory of the whole request that it came in, and of all that was parsed for it.
+        payload = entry.SerializeToString()
+        size = len(payload)
         expire = now + ttl
         tally = self._tally(tenant, namespace)
         if size <= self._limits.entry_bytes:
-            # As bytes: a message keeps the memory of the whole request that it came in, and of all that was parsed for it.
-            payload = entry.SerializeToString()
             response.stored_exact = self._exact.put(ticket.key, payload, size, expire, (tenant, namespace))
             shared = self._shared
             if shared is not None and not shared.put(self._partition(tenant), namespace, ticket.key, entry, size, expire):
@@ -326,9 +327,11 @@ class CachingServicer:
         verdict = response.verdict
         verdict.status = status
         duration = perf_counter_ns() - began
-        verdict.duration.nanos = duration % 1_000_000_000
-        if duration >= 1_000_000_000:
-            verdict.duration.seconds = duration // 1_000_000_000
+        if duration < 1_000_000_000:
+            verdict.duration.nanos = duration
+        else:
+            span = verdict.duration
+            span.seconds, span.nanos = divmod(duration, 1_000_000_000)
         self._counted(word)
         return response
 

@@ -114,27 +114,28 @@ class InprocChannel:
 
     def unary_unary(self, method: str, *_: Any, **__: Any) -> Callable[..., Awaitable[Any]]:
         """The multi-callable of a unary method: `await callable(request, timeout=…, metadata=…)`."""
-        resolved: Method | None = None
-        get_loop = asyncio.get_running_loop
+        handler: Callable[[Any, Call], Awaitable[Any]] | None = None
+        caller = self._caller
+        # A channel lives and ends with its loop; asking which one is running costs a system call.
+        now = asyncio.get_running_loop().time
 
         # Not a coroutine of its own: each one more is one more frame at every step of the call.
         def call(
             request: Message, *, timeout: float | None = None, metadata: MetadataLike | None = None, **_: Any
         ) -> Awaitable[Any]:
-            nonlocal resolved
-            if resolved is None:
-                resolved = self._method(method)
+            nonlocal handler
+            if handler is None:
+                handler = self._method(method).unary
+                assert handler is not None, f"{method} is streaming"
             if timeout is None:
                 timeout = DEFAULT_TIMEOUT_SECONDS
             elif timeout <= 0:
                 raise deadline_exceeded(method)
-            deadline = get_loop().time() + timeout
+            deadline = now() + timeout
             if metadata:
-                context = Call(method, deadline, dict(metadata), self._caller, _forwarded(metadata))
+                context = Call(method, deadline, dict(metadata), caller, _forwarded(metadata))
             else:
-                context = Call(method, deadline, _EMPTY, self._caller)
-            handler = resolved.unary
-            assert handler is not None, f"{method} is streaming"
+                context = Call(method, deadline, _EMPTY, caller)
             return bounded(handler(request, context), deadline, method)
 
         return call

@@ -159,13 +159,13 @@ class Metrics:
     def after(self, method: Method) -> After | None:
         calls = self._calls
         path = method.path
-        count_success = calls.labels(path, "OK").inc
+        succeeded = calls.labels(path, "OK")
         observe = self._seconds.labels(path).observe
 
         def run(call: Call, seconds: float, failure: Failure | None) -> None:
             observe(seconds)
             if failure is None:
-                count_success()
+                succeeded.value += 1
             else:
                 calls.labels(path, failure.code.name).inc()
 
