@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from services.gateway.adapters.invalidations import KeyInvalidations
 from services.gateway.adapters.metering import MeteringClient
 from services.gateway.cache import CacheClient, CacheWriter, HitBook
+from services.gateway.calibrations import Calibrations
 from services.gateway.config import Config
 from services.gateway.core import Core, CoreLimits, Peers, Surroundings
 from services.gateway.edge.server import serve
@@ -44,10 +45,11 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
     metering_stub = MeteringServiceStub(process.channel("metering"))
     caching_stub = CachingServiceStub(process.channel("caching"))
     routing_stub = RoutingServiceStub(process.channel("routing"))
+    tokenization_stub = TokenizationServiceStub(process.channel("tokenization"))
     peers = Peers(
         routing=routing_stub,
         execution=ExecutionServiceStub(process.channel("execution")),
-        tokenization=TokenizationServiceStub(process.channel("tokenization")),
+        tokenization=tokenization_stub,
     )
     metering = MeteringClient(metering_stub, process.replica_id)
     sizes = SliceSizes(config.lease.request_count, config.lease.token_count, config.lease.concurrency, config.lease.nano_usd)
@@ -73,6 +75,14 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         voids=Voids(metering, max_count=10_000, call_seconds=budgets.background),
         requests=Requests(ReplayLimits(config.replay_count, config.replay_bytes, config.replay_seconds), clock),
         outcomes=Outcomes(config.outcome_count),
+        calibrations=Calibrations(
+            tokenization_stub,
+            sample_count=config.calibration.sample_count,
+            sample_seconds=config.calibration.sample_seconds,
+            max_count=config.calibration.max_count,
+            max_bytes=config.calibration.max_bytes,
+            call_seconds=budgets.background,
+        ),
         journal=Journal(process.metrics, process.request_log().write if config.log_requests else None),
     )
     limits = CoreLimits(
@@ -115,6 +125,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
                 around.writer.write_forever,
                 around.hits.post_forever,
                 around.voids.void_forever,
+                around.calibrations.post_forever,
                 invalidations.listen_forever,
             ),
             drain=drain,
@@ -135,6 +146,16 @@ def _expose(registry: Registry, around: Surroundings) -> None:
     registry.gauge("gateway_unvoided_holds", "Holds left to expire by themselves.").set_function(lambda: voids.dropped_count)
     registry.gauge("gateway_lease_failures", "Leases that couldn't be renewed or returned.").set_function(
         lambda: leases.renewal_failure_count
+    )
+    calibrations = around.calibrations
+    registry.gauge(
+        "gateway_dropped_observations", "Reported usage that the estimator isn't told since too much waited."
+    ).set_function(lambda: calibrations.dropped_count)
+    registry.gauge("gateway_failed_observations", "Reported usage that the estimator didn't take.").set_function(
+        lambda: calibrations.failed_count
+    )
+    registry.gauge("gateway_sent_observations", "Reported usage that the estimator was told.").set_function(
+        lambda: calibrations.sent_count
     )
     registry.gauge("gateway_outcomes_served", "Answers that served, as callers reported.").set_function(
         lambda: outcomes.served_count

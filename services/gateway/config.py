@@ -33,9 +33,35 @@ class BudgetConfig:
     plan: float = setting(1.0, "Asking routing; then the last good plan serves", unit="s", minimum=0.001, maximum=60)
     count: float = setting(0.25, "Counting tokens; then they are estimated", unit="s", minimum=0.001, maximum=60)
     background: float = setting(
-        5.0, "Calls behind the path: stores, settlements of hits, returned leases", unit="s", minimum=0.01, maximum=60
+        5.0,
+        "Calls behind the path: stores, settlements of hits, observations, returned leases",
+        unit="s",
+        minimum=0.01,
+        maximum=60,
     )
     drain: float = setting(10.0, "Waiting for requests under way at the end of the process", unit="s", minimum=0, maximum=600)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig:
+    """Which of the prompts that had to be estimated are reported to the estimator with the usage that their provider stated."""
+
+    sample_count: int = setting(
+        20, "Prompts of a model that are reported in an interval; 0: none, the estimator doesn't learn", minimum=0, maximum=1000
+    )
+    sample_seconds: float = setting(
+        5.0, "Length of the interval, at whose end they are sent", unit="s", minimum=0.1, maximum=3600
+    )
+    max_count: int = setting(
+        1000, "Prompts of all models that may wait to be sent; more are dropped", minimum=1, maximum=100_000
+    )
+    max_bytes: int = setting(
+        2 * _MEBIBYTE,
+        "Bytes of the prompts that may wait to be sent; more, and any prompt that is larger, are dropped",
+        unit="bytes",
+        minimum=1024,
+        maximum=8 * _MEBIBYTE,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +71,7 @@ class Config:
     edge: EdgeConfig = setting(EdgeConfig(), "The HTTP edge")
     lease: LeaseConfig = setting(LeaseConfig(), "What is leased from metering at a time, for each key and replica")
     budgets: BudgetConfig = setting(BudgetConfig(), "Longest time that a request waits for each step")
+    calibration: CalibrationConfig = setting(CalibrationConfig(), "What the estimator of token counts is told to learn from")
     max_request_bytes: int = setting(
         16 * _MEBIBYTE, "Largest conversation", unit="bytes", minimum=1024, maximum=256 * _MEBIBYTE
     )

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from services.gateway import validation
 from services.gateway.breakers import Breaker
 from services.gateway.cache import CacheClient, CacheWriter, HitBook, may_store
+from services.gateway.calibrations import Calibrations
 from services.gateway.estimates import byte_bound, estimated_count, estimated_tokens
 from services.gateway.executions import deltas_of, embed_to_proto, fill_request, settled_cost
 from services.gateway.features import signals
@@ -108,6 +109,7 @@ class Surroundings:
     voids: Voids
     requests: Requests[Answered]
     outcomes: Outcomes
+    calibrations: Calibrations
     journal: Journal
 
 
@@ -776,6 +778,10 @@ class Core:
         facts.price_version = response.price_version
         if may_store(facts, answer):
             self._around.writer.add(facts, answer)
+        count = facts.input_count
+        assert count is not None, "counted before"
+        if count.method == receipt_pb2.TOKEN_COUNT_METHOD_ESTIMATED:
+            self._around.calibrations.add(facts, answer)
 
     def _opened(self, facts: Facts, model: str, *, is_wire: bool) -> Opened:
         return Opened(facts.operation_id, facts.request.request_id, model, facts.receive_ns // 1_000_000_000, is_wire)

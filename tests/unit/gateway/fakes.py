@@ -13,6 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from services.gateway.adapters.metering import MeteringClient
 from services.gateway.cache import CacheClient, CacheWriter, HitBook
+from services.gateway.calibrations import Calibrations
 from services.gateway.core import Core, CoreLimits, Peers, Surroundings
 from services.gateway.identities import Identities
 from services.gateway.journal import Journal
@@ -354,6 +355,8 @@ class FakeTokenization(Script):
         super().__init__()
         self.count = 10
         self.error_bound = 0.0
+        self.method = receipt_pb2.TOKEN_COUNT_METHOD_EXACT
+        self.tokenizer = "fake@1"
 
     async def Count(self, request: Any, call: Call) -> Any:
         await self.act("Count", request, call)
@@ -361,8 +364,8 @@ class FakeTokenization(Script):
             counts=[
                 receipt_pb2.TokenCount(
                     token_count=self.count,
-                    method=receipt_pb2.TOKEN_COUNT_METHOD_EXACT,
-                    tokenizer="fake@1",
+                    method=self.method,
+                    tokenizer=self.tokenizer,
                     error_bound=self.error_bound,
                 )
                 for _ in request.models
@@ -376,6 +379,7 @@ class FakeTokenization(Script):
         return tokenization_service_pb2.FitResponse()
 
     async def Calibrate(self, request: Any, call: Call) -> Any:
+        await self.act("Calibrate", request, call)
         return tokenization_service_pb2.CalibrateResponse()
 
     async def ListTokenizers(self, request: Any, call: Call) -> Any:
@@ -405,7 +409,7 @@ class World:
         caching_stub: Any = CachingServiceStub(channel)
         routing_stub: Any = RoutingServiceStub(channel)
         execution_stub: Any = ExecutionServiceStub(channel)
-        tokenization_stub: Any = TokenizationServiceStub(channel)
+        self.tokenization_stub: Any = TokenizationServiceStub(channel)
         self.port = MeteringClient(metering_stub, "gateway-test")
         self.leases = Leases(self.port, clock, SliceSizes(self.request_slice, 100_000, 50, self.nano_usd), call_seconds=0.2)
         self.identities = Identities(
@@ -417,6 +421,9 @@ class World:
         self.voids = Voids(self.port, max_count=10, call_seconds=0.2)
         self.requests: Any = Requests(self.replay, clock)
         self.outcomes = Outcomes(100)
+        self.calibrations = Calibrations(
+            self.tokenization_stub, sample_count=3, sample_seconds=0.01, max_count=10, max_bytes=10_000, call_seconds=0.2
+        )
         self.around = Surroundings(
             metering=self.port,
             identities=self.identities,
@@ -428,10 +435,11 @@ class World:
             voids=self.voids,
             requests=self.requests,
             outcomes=self.outcomes,
+            calibrations=self.calibrations,
             journal=Journal(self.registry, self._take_line),
         )
         self.core = Core(
-            Peers(routing=routing_stub, execution=execution_stub, tokenization=tokenization_stub),
+            Peers(routing=routing_stub, execution=execution_stub, tokenization=self.tokenization_stub),
             self.around,
             CoreLimits(
                 max_request_bytes=1_000_000,
