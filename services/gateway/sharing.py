@@ -2,6 +2,10 @@
 
 The operation runs in a task of its own, so that it outlives the caller that began it when others have joined; the last caller to leave
 cancels it. Streams are joined from their first piece, or given whole at their end where that can't be.
+
+Each caller waits until its own deadline. The operation has the deadline of the caller that began it: execution was given that with the
+call, plans its attempts by it and settles what is unfinished when it passes. So who joins with a later one may be refused for a deadline
+that wasn't its own, and begins anew when it asks again: the failed operation is forgotten.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from sluice.inference.v1 import inference_service_pb2
 Answered = Completion | inference_service_pb2.EmbedResponse
 Weigh = Callable[[Any], int]
 _ENDLESS: Final = "the answer ended without its end"
+_AWAITED: Final = "the operation of this request id"
 
 
 class Sharing:
@@ -40,7 +45,8 @@ class Sharing:
     ) -> Answered:
         """What the operation of this request id results in; `work` is run when there is none yet.
 
-        Failure REQUEST_ID_REUSED when the id was used with another body, DEADLINE_EXCEEDED, or the operation's own.
+        Failure REQUEST_ID_REUSED when the id was used with another body, DEADLINE_EXCEEDED at `deadline`, when the operation goes on for
+        those who still wait, or the operation's own.
         """
         shared, _ = self._find_or_begin(tenant_id, request_id, body, kind, lambda _: work())
         with _waiting(shared):
@@ -70,6 +76,7 @@ class Sharing:
                         return event
                     shared.add(event, weigh(event))
                     while shared.is_full():
+                        # By the deadline of the caller that began it, which is the operation's.
                         await _change(shared, deadline)
             raise Failure(Reason.INTERNAL, _ENDLESS)
 
@@ -80,6 +87,7 @@ class Sharing:
             while reader.is_whole and shared.wire in (wire, 0):
                 event = reader.next()
                 if event is not None:
+                    _check(deadline)
                     yield event
                 elif shared.is_done():
                     break
@@ -139,12 +147,18 @@ def _waiting(shared: Shared[Answered]) -> Iterator[None]:
             shared.work.cancel()
 
 
+def _check(deadline: float) -> None:
+    """A caller that reads slowly finds the next piece there and never waits; its deadline holds all the same."""
+    if asyncio.get_running_loop().time() >= deadline:
+        raise deadline_exceeded(_AWAITED)
+
+
 async def _change(shared: Shared[Answered], deadline: float) -> None:
     try:
         async with asyncio.timeout_at(deadline):
             await shared.change()
     except TimeoutError:
-        raise deadline_exceeded("the operation of this request id") from None
+        raise deadline_exceeded(_AWAITED) from None
 
 
 def _result(shared: Shared[Answered]) -> Answered:

@@ -139,7 +139,9 @@ class GenerateRequest(_message.Message):
     RECEIPT_VIEW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key chosen by the caller, 1 to 128 printable ASCII characters; unique per tenant for 24 hours. Empty: each
-    call is its own operation.
+    call is its own operation. A call that joins one in flight waits until its own deadline, and the operation goes on for the
+    others; the operation itself has the deadline of the call that began it, so a call that would wait longer may get
+    DEADLINE_EXCEEDED before its time. Sent again with the same id it begins anew.
     """
     task_type: _receipt_pb2.TaskType.ValueType
     """The kind of work. UNSPECIFIED: the classifier decides."""
