@@ -24,7 +24,7 @@ _MAX_SECONDS: Final = 315_576_000_000
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NAMESPACE: Final = re.compile(r"[a-z0-9_-]{0,64}")
 _MEDIA_TYPES: Final = frozenset(("image/png", "image/jpeg", "image/gif", "image/webp"))
-_DETAILS: Final = frozenset(("", "low", "high", "auto"))
+_DETAILS: Final = frozenset(("low", "high", "auto"))
 _ID: Final = re.compile(r"[!-~]{1,128}")
 _REQUEST_ID: Final = re.compile(r"[ -~]{1,128}")
 
@@ -41,8 +41,8 @@ class Shape:
     """What was seen of a conversation while it was checked."""
 
     __slots__ = (
-        "byte_count", "conversation", "has_labels", "image_bytes", "image_count", "is_plain", "last_user_text", "max_output_tokens",
-        "message_count", "routing", "tool_count",
+        "byte_count", "conversation", "has_image_detail", "has_labels", "has_names", "image_bytes", "image_count", "is_plain",
+        "last_user_text", "max_output_tokens", "message_count", "routing", "tool_count",
     )  # fmt: skip
 
     def __init__(self, byte_count: int) -> None:
@@ -56,7 +56,11 @@ class Shape:
         self.conversation: conversation_pb2.Conversation | None = None
         """What was checked. Kept since a message that nobody holds is wrapped anew at each read of its field."""
         self.is_plain = False
-        """The conversation has turns and nothing else."""
+        """The conversation has turns without names, and nothing else."""
+        self.has_names = False
+        """A turn has a name that tells its speaker from others; in a tool turn it tells nobody apart."""
+        self.has_image_detail = False
+        """A picture asks for low or high detail; `auto` leaves it to the provider."""
         self.max_output_tokens = 0
         """As the conversation says; 0: it doesn't."""
         self.routing: inference_service_pb2.RoutingWishes | None = None
@@ -146,7 +150,7 @@ def check_conversation(conversation: conversation_pb2.Conversation, max_bytes: i
     for index, message in enumerate(messages):
         _check_message(message, index, shape)
     if len(fields) == 1:
-        shape.is_plain = True
+        shape.is_plain = not shape.has_names
         return shape
     if conversation.tools:
         _check_tools(conversation, shape)
@@ -196,6 +200,8 @@ def _check_message(message: conversation_pb2.Message, index: int, shape: Shape) 
         raise invalid(f"conversation.messages[{index}].role", "is required" if role == 0 else f"has the unknown value {role}")
     if message.name:
         _bounded(message.name, 64, f"conversation.messages[{index}].name")
+        if role != _TOOL:
+            shape.has_names = True
     parts = message.parts
     count = len(parts)
     if count > _MAX_PARTS:
@@ -250,8 +256,12 @@ def _check_image(image: conversation_pb2.Image, path: str, shape: Shape) -> None
             raise invalid(f"{path}.url", "must be an https address")
     else:
         raise invalid(path, "needs `data` or `url`")
-    if image.detail not in _DETAILS:
-        raise invalid(f"{path}.detail", f"must be low, high or auto, is {image.detail[:64]!r}")
+    detail = image.detail
+    if detail:
+        if detail not in _DETAILS:
+            raise invalid(f"{path}.detail", f"must be low, high or auto, is {detail[:64]!r}")
+        if detail != "auto":
+            shape.has_image_detail = True
 
 
 def _check_tool_call(call: conversation_pb2.ToolCall, path: str) -> None:

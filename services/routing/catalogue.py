@@ -7,7 +7,7 @@
         context_window: 128000
         max_output_tokens: 16384
         capabilities: [chat, tools, streaming]
-        fields: [seed, logit_bias]      # request fields that not every provider knows
+        fields: [seed, logit_bias]      # request fields that not every model knows
         aliases: [gpt-4o-mini]
         fallbacks: [anthropic/claude-haiku-4-5]
         regions: [eu]
@@ -44,6 +44,28 @@ CAPABILITIES: Final = frozenset(
 FIELDS: Final = frozenset(
     {"seed", "top_k", "presence_penalty", "frequency_penalty", "logit_bias", "parallel_tool_calls", "dimension_count"}
 )
+WIRE_FIELDS: Final = frozenset(
+    {"messages.name", "image.detail", "tools.strict", "response_format.description", "reasoning_effort"}
+)
+"""Fields that are every model's unless its provider's wire format has no place for them; a model doesn't list them.
+`reasoning_effort` is meant where a tool must be called at the same time; else it is the capability `reasoning`."""
+UNCARRIED: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
+    {
+        "openai": frozenset[str](),
+        "anthropic": frozenset(
+            {
+                "embeddings", "logprobs", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "dimension_count",
+                "messages.name", "image.detail", "reasoning_effort",
+            }
+        ),
+        "gemini": frozenset({"logprobs", "logit_bias", "parallel_tool_calls", "messages.name", "image.detail"}),
+        "local": frozenset(
+            {"embeddings", "dimension_count", "messages.name", "image.detail", "tools.strict", "response_format.description"}
+        ),
+        "echo": frozenset[str](),
+    }
+)  # fmt: skip
+"""What the adapter of each kind of provider can't carry, capabilities and fields: no model of the kind has it, whatever it lists."""
 SCORERS: Final = ("cost", "latency", "load", "affinity")
 DEFAULT_POLICY: Final = "default"
 MIN_FALLBACKS: Final = 2
@@ -193,6 +215,9 @@ def _model(name: str, value: Any, kinds: Mapping[str, tuple[str, tuple[str, ...]
     fields = _texts(value, "fields", where, problems)
     problems += [f"{where}.capabilities: {one!r} is not known" for one in capabilities if one not in CAPABILITIES]
     problems += [f"{where}.fields: {one!r} is not known" for one in fields if one not in FIELDS]
+    uncarried = UNCARRIED.get(kind, frozenset())
+    for key, listed in (("capabilities", capabilities), ("fields", fields)):
+        problems += [f"{where}.{key}: a provider of kind {kind} can't carry {one!r}" for one in listed if one in uncarried]
     if not capabilities:
         problems.append(f"{where}.capabilities: must name at least one of {', '.join(sorted(CAPABILITIES))}")
     _check_price(value.get("price"), f"{where}.price", problems)
@@ -207,7 +232,7 @@ def _model(name: str, value: Any, kinds: Mapping[str, tuple[str, tuple[str, ...]
         context_window=_count(value, "context_window", 1, where, problems),
         max_output_tokens=_count(value, "max_output_tokens", 0, where, problems),
         capabilities=capabilities,
-        abilities=frozenset(capabilities) | {f"field:{field}" for field in fields},
+        abilities=frozenset(capabilities) | {f"field:{field}" for field in (*fields, *(WIRE_FIELDS - uncarried))},
         aliases=_texts(value, "aliases", where, problems),
         fallbacks=fallbacks,
         regions=_texts(value, "regions", where, problems) or regions,

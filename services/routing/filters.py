@@ -14,6 +14,8 @@ from services.routing.classifier import Features, TaskType
 from services.routing.prices import Rates
 
 NO_FEATURES: Final = Features()
+_WORDS: Final = {"field:reasoning_effort": "reasoning_effort where a tool must be called or stands for the response format"}
+"""For needs whose name alone doesn't say what is lacking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,9 @@ def _permission(ask: Ask, prospect: Prospect) -> Refusal | None:
 def _capability(ask: Ask, prospect: Prospect) -> Refusal | None:
     for need in ask.needs:
         if need not in prospect.model.abilities:
-            return Refusal(prospect.model.id, "capability", f"it has no {need.removeprefix('field:')}", need)
+            return Refusal(
+                prospect.model.id, "capability", f"it has no {_WORDS.get(need) or need.removeprefix('field:')}", need
+            )
     return None
 
 

@@ -3,6 +3,10 @@
 The child is started at the first use, once, and again when it has died. It listens on a free loopback port, behind a random key,
 and dies with this process: its standard input is a pipe that nobody writes to, whose end tells it to go, and on Linux the kernel
 kills it with its parent.
+
+What goes over the wire is what the `openai` adapter makes of a conversation. llama.cpp reads no names of turns, no detail of pictures,
+no strictness of tools and no description of a format, so routing sends no request with one here; a JSON format is a grammar for it,
+strict or not.
 """
 
 from __future__ import annotations

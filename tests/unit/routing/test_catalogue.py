@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from services.routing.catalogue import Catalogue, parse
+from services.execution.catalogue import KINDS
+from services.routing.catalogue import CAPABILITIES, FIELDS, UNCARRIED, WIRE_FIELDS, Catalogue, parse
 from services.routing.classifier import TaskType
 from services.runtime.config import ConfigError
 from tests.unit.routing import examples
@@ -17,7 +18,16 @@ from tests.unit.routing import examples
 
 def test_a_good_file_is_read() -> None:
     found = parse(examples.content())
-    assert found.models["a/cheap"].abilities == {"chat", "streaming", "field:seed"}
+    assert found.models["a/cheap"].abilities == {"chat", "streaming", "field:seed", *(f"field:{one}" for one in WIRE_FIELDS)}
+    assert found.models["c/seeing"].abilities == {
+        "chat",
+        "streaming",
+        "vision",
+        "tools",
+        "field:tools.strict",
+        "field:response_format.description",
+        "field:reasoning_effort",
+    }, "what the provider's wire format has no place for no model of it can do"
     assert found.models["a/cheap"].regions == ("eu",), "a model runs where its provider does unless it says otherwise"
     assert found.models["a/cheap"].upstream_model == "cheap"
     assert found.models["fake/echo"].is_fake
@@ -32,6 +42,12 @@ def test_the_catalogue_that_ships_is_good_and_has_no_fake_in_a_chain() -> None:
         for chain in policy.chains.values():
             assert len(chain) >= 3
             assert not any(found.models[name].is_fake for name in chain)
+
+
+def test_what_can_t_be_carried_is_known_of_every_kind() -> None:
+    assert set(UNCARRIED) == set(KINDS)
+    for uncarried in UNCARRIED.values():
+        assert uncarried <= CAPABILITIES | FIELDS | WIRE_FIELDS
 
 
 def test_equal_content_has_one_version_and_a_change_another() -> None:
@@ -61,6 +77,15 @@ BREAKS: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("models.a/cheap.provider: 'z'", lambda c: c["models"]["a/cheap"].update(provider="z")),
     ("models.a/cheap.capabilities: 'flight'", lambda c: c["models"]["a/cheap"]["capabilities"].append("flight")),
     ("models.a/cheap.fields: 'mood'", lambda c: c["models"]["a/cheap"]["fields"].append("mood")),
+    ("models.a/cheap.fields: 'messages.name' is not", lambda c: c["models"]["a/cheap"]["fields"].append("messages.name")),
+    (
+        "models.c/seeing.fields: a provider of kind gemini can't carry 'logit_bias'",
+        lambda c: c["models"]["c/seeing"].update(fields=["seed", "logit_bias"]),
+    ),
+    (
+        "models.c/seeing.capabilities: a provider of kind gemini can't carry 'logprobs'",
+        lambda c: c["models"]["c/seeing"]["capabilities"].append("logprobs"),
+    ),
     ("models.a/cheap.wheels: unknown", lambda c: c["models"]["a/cheap"].update(wheels=4)),
     ("models.a/cheap.context_window", lambda c: c["models"]["a/cheap"].update(context_window=True)),
     ("can't be its own fallback", lambda c: c["models"]["a/cheap"]["fallbacks"].append("a/cheap")),

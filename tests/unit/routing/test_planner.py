@@ -124,6 +124,22 @@ def test_the_missing_need_is_named() -> None:
     assert [(one.filter, one.missing) for one in plan.refusals] == [("capability", "field:logit_bias")]
 
 
+@pytest.mark.parametrize(
+    ("need", "reason"),
+    [
+        ("field:messages.name", "it has no messages.name"),
+        ("field:image.detail", "it has no image.detail"),
+        ("field:reasoning_effort", "it has no reasoning_effort where a tool must be called or stands for the response format"),
+    ],
+)
+def test_a_field_that_the_wire_format_has_no_place_for_is_refused_by_name(need: str, reason: str) -> None:
+    content = examples.content()
+    content["providers"]["c"]["kind"] = "anthropic"
+    plan = examples.planner(parse(content)).plan(ask(task_type=TaskType.CODE, needs=("chat", need)))
+    assert [(one.model, one.missing, one.reason) for one in plan.refusals] == [("c/seeing", need, reason)]
+    assert names(plan) == ["a/cheap", "b/dear"]
+
+
 def test_an_unknown_price_is_refused_unless_the_policy_allows_it() -> None:
     content = examples.content()
     assert refused(examples.planner().plan(ask(task_type=TaskType.VISION)))["c/near"] == "price"

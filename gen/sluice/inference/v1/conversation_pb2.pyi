@@ -157,6 +157,9 @@ class Conversation(_message.Message):
 
     The same message travels to tokenization, caching and execution. Everything in it may change the answer, so everything in
     it is part of the cache key; what may not change the answer (request id, metadata, wishes) stands in the request instead.
+
+    A field that a provider has no place for makes its models no candidates; when none is left, the request is refused with
+    FIELD_UNSUPPORTED and the field's name. A field that is left out instead says so at its comment.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -175,12 +178,15 @@ class Conversation(_message.Message):
     1 to 1,000,000.
     """
     reasoning_effort: Global___ReasoningEffort.ValueType
-    """How much the model should think before it answers. UNSPECIFIED: the provider's default."""
+    """How much the model should think before it answers. UNSPECIFIED: the provider's default. `max_output_tokens` wins: where it
+    leaves no room for the least thinking that a provider allows (Anthropic: 1,024 tokens), the model answers without. Anthropic
+    doesn't think where a tool must be called or the response format is not strict JSON: refused there by name.
+    """
     parallel_tool_calls: _builtins.bool
     """Whether the model may call several tools in one turn. Absent: the provider's default."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
-        """The turns, oldest first. 1 to 2,048. System and developer turns may stand anywhere; most providers want them first."""
+        """The turns, oldest first. 1 to 2,048. System and developer turns may stand anywhere; Anthropic and Gemini get them first."""
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolDefinition]:
@@ -188,7 +194,7 @@ class Conversation(_message.Message):
 
     @_builtins.property
     def tool_choice(self) -> Global___ToolChoice:
-        """Which tool must or may be called. Absent: the model chooses when `tools` is not empty."""
+        """Which tool must or may be called. Absent: the model chooses when `tools` is not empty. Without tools it says nothing."""
 
     @_builtins.property
     def response_format(self) -> Global___ResponseFormat:
@@ -242,7 +248,10 @@ class Message(_message.Message):
     role: Global___Role.ValueType
     """Who speaks. Required."""
     name: _builtins.str
-    """Distinguishes participants of the same role. At most 64 bytes. Absent: none."""
+    """Distinguishes participants of the same role. At most 64 bytes. Absent: none. Anthropic, Gemini and the local model know none:
+    refused there by name. In a tool turn it is the tool's name, which the answered call says already: sent on where there is a
+    place for it, left out elsewhere.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
         """What is said, in order. At most 256. An assistant turn may consist of tool calls only."""
@@ -292,7 +301,9 @@ class Part(_message.Message):
 
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:
-        """Reasoning that the provider showed. Assistant turns only; sent back where the provider wants it back."""
+        """Reasoning that the provider showed. Assistant turns only. Sent back where the provider takes its own thinking back, which is
+        Anthropic with a `signature`; left out elsewhere, where the rest of the turn stands for it.
+        """
 
     def __init__(
         self,
@@ -329,9 +340,13 @@ class Image(_message.Message):
     url: _builtins.str
     """An https address that the provider, never Sluice, fetches. At most 2,048 bytes."""
     media_type: _builtins.str
-    """Media type of `data`: image/png, image/jpeg, image/gif or image/webp. Required with `data`."""
+    """Media type of `data`: image/png, image/jpeg, image/gif or image/webp. Required with `data`. With `url` it is told to Gemini,
+    which asks for it; others read it off the picture.
+    """
     detail: _builtins.str
-    """OpenAI's detail wish: `low`, `high` or `auto`. Empty: provider's default."""
+    """OpenAI's detail wish: `low`, `high` or `auto`. Empty or `auto`: the provider's default. `low` and `high` are OpenAI's alone:
+    refused elsewhere by name.
+    """
     def __init__(
         self,
         *,
@@ -394,7 +409,7 @@ class ToolResult(_message.Message):
     text: _builtins.str
     """What the tool returned. At most 1 MiB."""
     is_error: _builtins.bool
-    """Whether the tool failed. Providers without such a mark get the text only."""
+    """Whether the tool failed. Providers without such a mark (OpenAI) get the text only, so that the text should say it, too."""
     def __init__(
         self,
         *,
@@ -453,7 +468,9 @@ class ToolDefinition(_message.Message):
     parameters_json_schema: _builtins.str
     """JSON Schema of the arguments, a JSON object. Empty: no arguments. At most 256 KiB."""
     strict: _builtins.bool
-    """Whether the provider must hold the model to the schema. Absent: provider's default."""
+    """Whether the provider must hold the model to the schema. Absent: provider's default. True: refused by name where the provider
+    can't. False: it need not, and a provider may all the same; Gemini holds all tools to theirs when one is strict.
+    """
     def __init__(
         self,
         *,
@@ -514,11 +531,15 @@ class ResponseFormat(_message.Message):
     json_schema: _builtins.str
     """JSON Schema, a JSON object; required with kind JSON_SCHEMA. At most 256 KiB."""
     name: _builtins.str
-    """Name of the schema, for providers that want one. At most 64 bytes of `[A-Za-z0-9_-]`. Empty: `response`."""
+    """Name of the schema, for providers that want one; others do without. At most 64 bytes of `[A-Za-z0-9_-]`. Empty: `response`.
+    Read with kind JSON_SCHEMA only, as are `strict` and `description`.
+    """
     strict: _builtins.bool
-    """Whether the provider must hold the model to the schema. Absent: provider's default."""
+    """Whether the provider must hold the model to the schema. Absent: provider's default. False: it need not, and a provider may all
+    the same, as Gemini and the local model do.
+    """
     description: _builtins.str
-    """What the schema is for, for the model. At most 1 KiB."""
+    """What the schema is for, for the model. At most 1 KiB. The local model doesn't read it: refused there by name."""
     def __init__(
         self,
         *,

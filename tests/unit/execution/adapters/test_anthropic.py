@@ -117,6 +117,7 @@ async def test_turns_alternate_and_every_part_has_its_block() -> None:
         (conversation_pb2.TOOL_CHOICE_MODE_NONE, "", None, {"type": "none"}),
         (conversation_pb2.TOOL_CHOICE_MODE_REQUIRED, "", False, {"type": "any", "disable_parallel_tool_use": True}),
         (conversation_pb2.TOOL_CHOICE_MODE_NAMED, "f", None, {"type": "tool", "name": "f"}),
+        (conversation_pb2.TOOL_CHOICE_MODE_NONE, "", False, {"type": "none"}),
         (None, "", True, {"type": "auto", "disable_parallel_tool_use": False}),
         (None, "", None, None),
     ],
@@ -141,6 +142,81 @@ async def test_thinking_has_a_budget_below_the_limit_and_is_left_out_where_it_is
     for most, wanted in ((1024, None), (8000, FORMAT)):
         body = request_of(prompt(conversation(reasoning_effort=high, response_format=wanted), most=most), streaming=False)
         assert "thinking" not in body
+
+
+STRICT: Final = conversation_pb2.ResponseFormat(
+    kind=conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA, json_schema=SCHEMA, description="the place", strict=True
+)
+
+
+async def test_a_strict_tool_says_so() -> None:
+    tools = [conversation_pb2.ToolDefinition(name=name, strict=strict) for name, strict in (("f", True), ("g", False))]
+    body = request_of(prompt(conversation(tools=tools)), streaming=False)
+    assert [tool.get("strict") for tool in body["tools"]] == [True, None]
+
+
+async def test_a_strict_format_is_a_grammar_beside_which_the_model_thinks_calls_tools_and_passes_through() -> None:
+    talk = conversation(
+        response_format=STRICT,
+        reasoning_effort=conversation_pb2.REASONING_EFFORT_HIGH,
+        tools=[conversation_pb2.ToolDefinition(name="f")],
+    )
+    body = request_of(prompt(talk, most=8000), streaming=False)
+    schema = {**orjson.loads(SCHEMA), "description": "the place"}
+    assert body["output_config"] == {"format": {"type": "json_schema", "schema": schema}}
+    assert body["thinking"] == {"type": "enabled", "budget_tokens": 4000}
+    assert [tool["name"] for tool in body["tools"]] == ["f"]
+    assert "tool_choice" not in body
+    async with upstream(chunked([ANTHROPIC.stream])) as server, pool_to(server.url) as pool:
+        got = await heard(ANTHROPIC.make(pool).stream(prompt(talk, wire=WIRE)))
+    assert got.wire
+    assert texts(got.answer) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "tools", "choice"),
+    [
+        (0, "", ["f", "answer"], {"type": "any", "disable_parallel_tool_use": True}),
+        (conversation_pb2.TOOL_CHOICE_MODE_AUTO, "", ["f", "answer"], {"type": "any", "disable_parallel_tool_use": True}),
+        (conversation_pb2.TOOL_CHOICE_MODE_NONE, "", ["f", "answer"], {"type": "tool", "name": "answer"}),
+        (conversation_pb2.TOOL_CHOICE_MODE_REQUIRED, "", ["f"], {"type": "any", "disable_parallel_tool_use": True}),
+        (
+            conversation_pb2.TOOL_CHOICE_MODE_NAMED,
+            "f",
+            ["f"],
+            {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
+        ),
+    ],
+)
+async def test_a_format_leaves_the_callers_tools_their_choice(
+    mode: conversation_pb2.ToolChoiceMode.ValueType, name: str, tools: list[str], choice: dict[str, Any]
+) -> None:
+    talk = conversation(response_format=FORMAT, tools=[conversation_pb2.ToolDefinition(name="f")], parallel_tool_calls=False)
+    if mode:
+        talk.tool_choice.CopyFrom(conversation_pb2.ToolChoice(mode=mode, name=name))
+    body = request_of(prompt(talk), streaming=False)
+    assert [tool["name"] for tool in body["tools"]] == tools
+    assert body["tool_choice"] == choice
+
+
+async def test_a_call_in_place_of_a_formatted_answer_is_one() -> None:
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    stream = named(
+        ANTHROPIC_START,
+        {"type": "content_block_start", "index": 0, "content_block": call},
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {"output_tokens": 5}},
+        {"type": "message_stop"},
+    )
+    talk = conversation(response_format=FORMAT, tools=[conversation_pb2.ToolDefinition(name="f")])
+    script = (document({**ANTHROPIC_WHOLE, "content": [call], "stop_reason": "tool_use"}), chunked([stream]))
+    async with upstream(*script) as server, pool_to(server.url) as pool:
+        provider = ANTHROPIC.make(pool)
+        unary = (await provider.complete(prompt(talk))).answer
+        streamed = (await heard(provider.stream(prompt(talk, wire=WIRE)))).answer
+    for answer in (unary, streamed):
+        assert [part.tool_call.name for part in answer.message.parts] == ["f"]
+        assert answer.finish_reason == answer_pb2.FINISH_REASON_TOOL_CALLS
 
 
 async def test_a_json_format_is_a_tool_that_nobody_sees() -> None:

@@ -63,12 +63,12 @@ async def test_every_field_of_a_conversation() -> None:
                     {"inlineData": {"mimeType": "image/png", "data": "AQI="}},
                 ],
             },
-            {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {"a": 1}}}]},
+            {"role": "model", "parts": [{"functionCall": {"id": "c1", "name": "f", "args": {"a": 1}}}]},
             {
                 "role": "user",
                 "parts": [
-                    {"functionResponse": {"name": "f", "response": {"output": "one"}}},
-                    {"functionResponse": {"name": "f", "response": {"error": "two"}}},
+                    {"functionResponse": {"id": "c1", "name": "f", "response": {"output": "one"}}},
+                    {"functionResponse": {"id": "c1", "name": "f", "response": {"error": "two"}}},
                 ],
             },
         ],
@@ -87,6 +87,75 @@ async def test_every_field_of_a_conversation() -> None:
             "thinkingConfig": {"thinkingBudget": 0, "includeThoughts": False},
         },
     }
+
+
+async def test_a_result_bears_the_name_of_the_call_before_it() -> None:
+    def turns(call: str, name: str, turn: str = "") -> list[conversation_pb2.Message]:
+        made = conversation_pb2.Part(tool_call=conversation_pb2.ToolCall(id="c1", name=name, arguments_json="{}"))
+        result = conversation_pb2.Part(tool_result=conversation_pb2.ToolResult(tool_call_id=call, text="t"))
+        return [
+            conversation_pb2.Message(role=conversation_pb2.ROLE_ASSISTANT, parts=[made]),
+            conversation_pb2.Message(role=conversation_pb2.ROLE_TOOL, name=turn, parts=[result]),
+        ]
+
+    talk = conversation()
+    talk.messages.extend([*turns("c1", "f"), *turns("c1", "g"), *turns("cut off", "g", "h"), *turns("lost", "g")])
+    results = [
+        part["functionResponse"]
+        for turn in request_of(prompt(talk))["contents"]
+        for part in turn["parts"][:1]
+        if "functionResponse" in part
+    ]
+    assert [(result["id"], result["name"]) for result in results] == [
+        ("c1", "f"),
+        ("c1", "g"),
+        ("cut off", "h"),
+        ("lost", "lost"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "strict", "expected"),
+    [
+        (0, True, {"mode": "VALIDATED"}),
+        (0, False, None),
+        (conversation_pb2.TOOL_CHOICE_MODE_AUTO, True, {"mode": "VALIDATED"}),
+        (conversation_pb2.TOOL_CHOICE_MODE_AUTO, False, {"mode": "AUTO"}),
+        (conversation_pb2.TOOL_CHOICE_MODE_REQUIRED, True, {"mode": "ANY"}),
+        (conversation_pb2.TOOL_CHOICE_MODE_NONE, True, {"mode": "NONE"}),
+        (conversation_pb2.TOOL_CHOICE_MODE_NAMED, True, {"mode": "ANY", "allowedFunctionNames": ["f"]}),
+    ],
+)
+async def test_strict_tools_are_held_to_their_schemas(
+    mode: conversation_pb2.ToolChoiceMode.ValueType, strict: bool, expected: dict[str, object] | None
+) -> None:
+    talk = conversation(tools=[conversation_pb2.ToolDefinition(name="f", strict=strict)])
+    if mode:
+        talk.tool_choice.CopyFrom(
+            conversation_pb2.ToolChoice(mode=mode, name="f" if mode == conversation_pb2.TOOL_CHOICE_MODE_NAMED else "")
+        )
+    assert request_of(prompt(talk)).get("toolConfig") == (expected and {"functionCallingConfig": expected})
+
+
+@pytest.mark.parametrize(("schema", "expected"), [("{}", "the place"), ('{"description":"a city"}', "the place\n\na city")])
+async def test_a_description_of_the_format_stands_in_its_schema(schema: str, expected: str) -> None:
+    wanted = conversation_pb2.ResponseFormat(
+        kind=conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA, json_schema=schema, description="the place"
+    )
+    made = request_of(prompt(conversation(response_format=wanted)))
+    assert made["generationConfig"]["responseJsonSchema"] == {"description": expected}
+
+
+async def test_calls_without_ids_get_ones_that_no_other_answer_has() -> None:
+    def called(identity: str) -> dict[str, object]:
+        parts = [{"functionCall": {"name": "f", "args": {}}}, {"functionCall": {"name": "f", "args": {}}}]
+        return {"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}], "responseId": identity}
+
+    async with upstream(document(called("r1")), document(called("r2"))) as server, pool_to(server.url) as pool:
+        provider = GEMINI.make(pool)
+        answers = [(await provider.complete(prompt())).answer for _ in range(2)]
+    ids = [part.tool_call.id for answer in answers for part in answer.message.parts]
+    assert ids == ["call_r1_0", "call_r1_1", "call_r2_0", "call_r2_1"]
 
 
 async def test_a_blocked_prompt_is_an_answer_that_was_filtered() -> None:

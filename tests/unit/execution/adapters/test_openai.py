@@ -43,6 +43,27 @@ async def test_the_simplest_request() -> None:
     assert (streamed["max_tokens"], streamed["user"]) == (7, "u")
 
 
+async def test_a_tool_s_name_stands_at_each_of_its_results_and_refusals_are_joined() -> None:
+    results = [
+        conversation_pb2.Part(tool_result=conversation_pb2.ToolResult(tool_call_id=call, text="t")) for call in ("c1", "c2")
+    ]
+    talk = conversation()
+    refusals = [conversation_pb2.Part(refusal="no, "), conversation_pb2.Part(refusal="never")]
+    talk.messages.add(role=conversation_pb2.ROLE_ASSISTANT, parts=refusals)
+    talk.messages.add(role=conversation_pb2.ROLE_TOOL, name="f", parts=results)
+    assert request_of(prompt(talk), streaming=False)["messages"][1:] == [
+        {"role": "assistant", "content": None, "refusal": "no, never"},
+        {"role": "tool", "tool_call_id": "c1", "content": "t", "name": "f"},
+        {"role": "tool", "tool_call_id": "c2", "content": "t", "name": "f"},
+    ]
+
+
+async def test_a_format_without_a_name_has_the_contract_s() -> None:
+    wanted = conversation_pb2.ResponseFormat(kind=conversation_pb2.RESPONSE_FORMAT_KIND_JSON_SCHEMA, json_schema=SCHEMA)
+    body = request_of(prompt(conversation(response_format=wanted)), streaming=False)
+    assert body["response_format"]["json_schema"]["name"] == "response"
+
+
 async def test_every_field_of_a_conversation() -> None:
     talk = conversation_pb2.Conversation(
         messages=[
