@@ -132,7 +132,9 @@ class CachingServicer:
         if b"http" in content and has_remote_picture(conversation):
             verdict.reason = "a picture is given by its address, and what is there may change"
             return self._end(response, receipt_pb2.CACHE_STATUS_BYPASS, "bypass", began)
-        prefix = self._prefix(tenant, namespace, request.model, request.policy_version, request.task_type, request.routing_scope)
+        prefix = self._prefix(
+            tenant, namespace, request.model, request.policy_version, request.task_type, request.routing_scope
+        )
         key = keys.exact_key(prefix, content)
         now = self._now()
         tally = self._tally(tenant, namespace)

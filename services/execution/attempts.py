@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from services.execution.errors import AllFailed, AttemptFailed, ConnectionStale, SpoolFull
@@ -94,9 +94,9 @@ class _Attempt:
         """Settles: into the spool, the operation's receipt, and routing's statistics."""
         self.operation.spool.settle(self._settle(outcome, usage, is_final=is_final, failure=failure))
 
-    async def end_well(self, usage: answer_pb2.Usage) -> None:
-        """Settles a success; returns when its record is written, together with others of this turn of the loop."""
-        await self.operation.spool.end(self._settle(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage, is_final=True, failure=None))
+    def end_well(self, usage: answer_pb2.Usage) -> Awaitable[None]:
+        """Settles a success; what it returns is done when the record is written, together with others of this turn of the loop."""
+        return self.operation.spool.end(self._settle(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage, is_final=True, failure=None))
 
     def _settle(
         self,

@@ -178,18 +178,20 @@ class Spool:
             self._idle.clear()
             self._wake.set()
 
-    async def begin(self, record: Record) -> None:
+    # Plain functions that return what to await: a coroutine is one more frame at every step of a request.
+
+    def begin(self, record: Record) -> asyncio.Future[None]:
         """Records that an attempt begins, by one `write` for all that begin in the same turn of the loop; returns when it is written.
 
         Raises SpoolFull: then it must not begin. When it is cancelled the record may be written all the same, so the attempt is to be settled.
         """
         if self._bytes > self._most_bytes:
             raise SpoolFull
-        await self._grouped(_START, record)
+        return self._grouped(_START, record)
 
-    async def end(self, record: Record) -> None:
+    def end(self, record: Record) -> asyncio.Future[None]:
         """As `settle`, by one `write` for all that end in the same turn of the loop; returns when it is written."""
-        await self._grouped(_SETTLE, record)
+        return self._grouped(_SETTLE, record)
 
     def _grouped(self, kind: int, record: Record) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()

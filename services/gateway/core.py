@@ -363,9 +363,39 @@ class Core:
                 yield self._opened(facts, answer.model, is_wire=False)
                 yield deltas_of(answer)
             else:
-                async with contextlib.aclosing(self._run_stream(facts, accepted_wire, deadline, forward)) as pieces:
-                    async for piece in pieces:
-                        yield piece
+                # The execution stands here and not in a generator of its own: each is one more frame at every piece.
+                cost: int | None = 0
+                finished: execution_service_pb2.CompletionFinished | None = None
+                try:
+                    wanted = execution_service_pb2.StreamCompleteRequest()
+                    fill_request(wanted, facts)
+                    wanted.accepted_wire = execution_service_pb2.WireFormat.ValueType(accepted_wire)
+                    timeout = self._left(deadline, 1e9, "a provider")
+                    cost = None
+                    # Channels of the mesh return async generators, whatever the stub's type says.
+                    stream: Any = self._stream_complete(wanted, timeout=timeout, metadata=forward)
+                    async with contextlib.aclosing(stream) as replies:
+                        async for reply in replies:
+                            kind = reply.WhichOneof("event")
+                            if kind == "wire":
+                                yield reply.wire
+                            elif kind == "deltas":
+                                yield reply.deltas
+                            elif kind == "opened":
+                                facts.first_byte_ns = time.monotonic_ns()
+                                opened = reply.opened
+                                yield self._opened(facts, opened.model, is_wire=opened.is_wire)
+                            elif kind == "finished":
+                                finished = reply.finished
+                                cost = finished.cost_nano_usd
+                except Failure as failure:
+                    cost = settled_cost(failure)
+                    raise
+                finally:
+                    self._release(facts, cost)
+                if finished is None:
+                    raise Failure(Reason.INTERNAL, "the answer ended without its end")
+                self._take_in(facts, finished)
             completion = self._finish(facts)
             # Before the last event goes out: who doesn't ask for another one must not keep the slot.
             self._leave(facts)
@@ -732,42 +762,6 @@ class Core:
             self._leases.settle(lease, facts.generation, amount, cost)
 
     # Execution
-
-    async def _run_stream(
-        self, facts: Facts, accepted_wire: int, deadline: float, forward: Metadata
-    ) -> AsyncGenerator[StreamEvent, None]:
-        cost: int | None = 0
-        finished: execution_service_pb2.CompletionFinished | None = None
-        try:
-            request = execution_service_pb2.StreamCompleteRequest()
-            fill_request(request, facts)
-            request.accepted_wire = execution_service_pb2.WireFormat.ValueType(accepted_wire)
-            timeout = self._left(deadline, 1e9, "a provider")
-            cost = None
-            # Channels of the mesh return async generators, whatever the stub's type says.
-            stream: Any = self._stream_complete(request, timeout=timeout, metadata=forward)
-            async with contextlib.aclosing(stream) as replies:
-                async for reply in replies:
-                    kind = reply.WhichOneof("event")
-                    if kind == "wire":
-                        yield reply.wire
-                    elif kind == "deltas":
-                        yield reply.deltas
-                    elif kind == "opened":
-                        facts.first_byte_ns = time.monotonic_ns()
-                        opened = reply.opened
-                        yield self._opened(facts, opened.model, is_wire=opened.is_wire)
-                    elif kind == "finished":
-                        finished = reply.finished
-                        cost = finished.cost_nano_usd
-        except Failure as failure:
-            cost = settled_cost(failure)
-            raise
-        finally:
-            self._release(facts, cost)
-        if finished is None:
-            raise Failure(Reason.INTERNAL, "the answer ended without its end")
-        self._take_in(facts, finished)
 
     def _take_in(
         self, facts: Facts, response: execution_service_pb2.CompleteResponse | execution_service_pb2.CompletionFinished

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -332,6 +332,8 @@ class Pool:
         self._idle: deque[_Connection] = deque()
         self._all: set[_Connection] = set()
         self._connecting = 0
+        # A pool lives and ends with its loop; asking which one is running costs a system call.
+        self._now = asyncio.get_running_loop().time
 
     def head(self, method: str, path: str, headers: Mapping[str, str]) -> bytes:
         """The part of a request that never changes; ends within the headers, the body's length is to follow."""
@@ -383,13 +385,17 @@ class Pool:
         self._all.add(connection)
         return connection
 
-    async def exchange(self, head: bytes, body: bytes, deadline: float) -> Response:
+    def exchange(self, head: bytes, body: bytes, deadline: float) -> Coroutine[Any, Any, Response]:
         """One request and its whole answer. Raises AttemptFailed."""
-        connection = self._idle.pop() if self._idle and not self._idle[-1].closed and self._fresh() else await self.acquire()
-        return await connection.exchange(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body), deadline)
+        request = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
+        idle = self._idle
+        if idle and not idle[-1].closed and idle[-1].idle_since >= self._now() - self._keep_alive:
+            return idle.pop().exchange(request, deadline)
+        return self._exchange_anew(request, deadline)
 
-    def _fresh(self) -> bool:
-        return self._idle[-1].idle_since >= asyncio.get_running_loop().time() - self._keep_alive
+    async def _exchange_anew(self, request: bytes, deadline: float) -> Response:
+        connection = await self.acquire()
+        return await connection.exchange(request, deadline)
 
     async def open_stream(self, head: bytes, body: bytes, deadline: float) -> tuple[_Connection, Response]:
         """One request and the head of its answer. Raises AttemptFailed."""
@@ -402,7 +408,7 @@ class Pool:
         if not keep or connection.closed or not self._keep_alive:
             connection.close()
             return
-        connection.idle_since = asyncio.get_running_loop().time()
+        connection.idle_since = self._now()
         self._idle.append(connection)
 
     def forget(self, connection: _Connection) -> None:

@@ -402,7 +402,11 @@ async def test_those_of_one_turn_share_a_write_and_are_on_disk_when_they_return(
 async def test_who_is_cancelled_takes_nobody_along(tmp_path: Path) -> None:
     spool = spool_at(tmp_path, Ledger())
     spool.open(parse, lost)
-    leaving, staying = (asyncio.ensure_future(spool.begin(settlement(name))) for name in ("leaving", "staying"))
+
+    async def begin(name: str) -> None:
+        await spool.begin(settlement(name))
+
+    leaving, staying = (asyncio.create_task(begin(name)) for name in ("leaving", "staying"))
     await asyncio.sleep(0)
     leaving.cancel()
     await staying
