@@ -17,8 +17,9 @@ from typing import Any, Final
 from google.protobuf.message import Message
 
 from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, FORWARDED, Call, Caller, Metadata
-from services.runtime.dispatch import Method, Table
+from services.runtime.dispatch import Method, StreamHandler, Table
 from services.runtime.errors import Failure, Reason, deadline_exceeded
+from services.runtime.interceptors import Ended, StagedStream
 
 MetadataLike = Iterable[tuple[str, str]]
 
@@ -145,21 +146,23 @@ class InprocChannel:
 
         The iterator must be read to its end or closed (`contextlib.aclosing`); closing it cancels the call.
         """
-        resolved: Method | None = None
+        handler: StreamHandler | None = None
 
         def call(
             request: Message, *, timeout: float | None = None, metadata: MetadataLike | None = None, **_: Any
         ) -> AsyncIterator[Any]:
-            nonlocal resolved
-            if resolved is None:
-                resolved = self._method(method)
+            nonlocal handler
+            if handler is None:
+                handler = self._method(method).stream
+                assert handler is not None, f"{method} is unary"
             deadline = asyncio.get_running_loop().time() + (DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout)
             if metadata:
                 context = Call(method, deadline, dict(metadata), self._caller, _forwarded(metadata))
             else:
                 context = Call(method, deadline, _EMPTY, self._caller)
-            handler = resolved.stream
-            assert handler is not None, f"{method} is unary"
+            if isinstance(handler, StagedStream):
+                replies, ended = handler.open(request, context)
+                return BoundedStream(replies, deadline, method, ended)
             return BoundedStream(handler(request, context), deadline, method)
 
         return call
@@ -172,10 +175,12 @@ class BoundedStream:
     stream nothing but a look.
     """
 
-    __slots__ = ("_deadline", "_expired", "_replies", "_step", "_task", "_timer", "_what")
+    __slots__ = ("_deadline", "_ended", "_expired", "_replies", "_step", "_task", "_timer", "_what")
 
-    def __init__(self, replies: AsyncIterator[Any], deadline: float, what: str) -> None:
+    def __init__(self, replies: AsyncIterator[Any], deadline: float, what: str, ended: Ended | None = None) -> None:
+        """`ended` is told the end of the replies: None, or what was raised, and returns what to raise instead."""
         self._replies = replies
+        self._ended = ended
         self._step = replies.__anext__
         self._deadline = deadline
         self._what = what
@@ -199,31 +204,45 @@ class BoundedStream:
             pending = work.send(None)
         except StopIteration as done:
             return done.value
-        except BaseException:
+        except BaseException as error:
             self._rest()
-            raise
+            failure = self._end(error)
+            if failure is error:
+                raise
+            raise failure from None
         task = self._task = asyncio.current_task()
         assert task is not None, "a call needs a running task"
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_at(self._deadline, self._expire)
         try:
             result = yield from _carried(work, pending)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             self._rest()
+            self._end(error)
             if self._expired and task.uncancel() == 0:
                 raise deadline_exceeded(self._what) from None
             raise
-        except BaseException:
+        except BaseException as error:
             self._rest()
             if self._expired:
                 task.uncancel()
-            raise
+            failure = self._end(error)
+            if failure is error:
+                raise
+            raise failure from None
         else:
             if self._expired and task.uncancel() > 0:
                 raise asyncio.CancelledError
             return result
         finally:
             self._task = None
+
+    def _end(self, error: BaseException) -> BaseException:
+        """Tells of the end, once; returns what to raise."""
+        ended, self._ended = self._ended, None
+        if ended is None:
+            return error
+        return ended(None if isinstance(error, StopAsyncIteration) else error) or error
 
     def _expire(self) -> None:
         self._expired = True
@@ -241,3 +260,4 @@ class BoundedStream:
         close = getattr(self._replies, "aclose", None)
         if close is not None:
             await close()
+        self._end(GeneratorExit())

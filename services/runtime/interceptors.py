@@ -32,6 +32,7 @@ from services.runtime.metrics import Registry
 
 Before = Callable[[Call], None]
 After = Callable[[Call, float, Failure | None], None]
+Ended = Callable[[BaseException | None], BaseException | None]
 
 _MAX_REQUEST_ID: Final = 128
 _MAX_FORWARDED_VALUE: Final = 512
@@ -279,6 +280,65 @@ def _parser(method: Method) -> Callable[[bytes], Any]:
     return parse
 
 
+class StagedStream:
+    """The handler of a stream within the stages.
+
+    Called, it is a generator around the handler's. Whoever has an iterator of its own around the replies runs the stages from there,
+    by `open` and what it returns: that is a generator less at every piece.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        handler: StreamHandler,
+        before: tuple[Before, ...],
+        after: tuple[After, ...],
+        to_failure: Callable[[Method, Call, BaseException], Failure],
+    ) -> None:
+        self._method = method
+        self._handler = handler
+        self._before = before
+        self._after = after
+        self._to_failure = to_failure
+
+    def open(self, request: Any, call: Call) -> tuple[Any, Ended]:
+        """The replies, and what is to be called with their end: None, or what was raised; it returns what to raise instead.
+
+        Raises what a stage refuses the call with.
+        """
+        began = time.perf_counter()
+
+        def ended(error: BaseException | None) -> BaseException | None:
+            failure = None if error is None else self._to_failure(self._method, call, error)
+            seconds = time.perf_counter() - began
+            for end in self._after:
+                end(call, seconds, failure)
+            return failure if isinstance(error, Exception) else error
+
+        try:
+            for step in self._before:
+                step(call)
+            return self._handler(request, call), ended
+        except BaseException as error:
+            failure = ended(error)
+            if failure is error or failure is None:
+                raise
+            raise failure from None
+
+    async def __call__(self, request: Any, call: Call) -> AsyncIterator[Any]:
+        replies, ended = self.open(request, call)
+        try:
+            async for reply in replies:
+                yield reply
+        except BaseException as error:
+            await replies.aclose()
+            failure = ended(error)
+            if failure is error or failure is None:
+                raise
+            raise failure from None
+        ended(None)
+
+
 class Chain:
     """The stages, as one interceptor of a method table."""
 
@@ -328,34 +388,7 @@ class Chain:
 
     def stream(self, method: Method, handler: StreamHandler) -> StreamHandler:
         """`handler` within the stages."""
-        before, after = self._bound(method)
-        to_failure = self._errors.failure
-        clock = time.perf_counter
-
-        async def run(request: Any, call: Call) -> AsyncIterator[Any]:
-            began = clock()
-            replies: Any = None
-            try:
-                for step in before:
-                    step(call)
-                replies = handler(request, call)
-                async for reply in replies:
-                    yield reply
-            except BaseException as error:
-                if replies is not None:
-                    await replies.aclose()
-                failure = to_failure(method, call, error)
-                seconds = clock() - began
-                for end in after:
-                    end(call, seconds, failure)
-                if failure is error or not isinstance(error, Exception):
-                    raise
-                raise failure from None
-            seconds = clock() - began
-            for end in after:
-                end(call, seconds, None)
-
-        return run
+        return StagedStream(method, handler, *self._bound(method), self._errors.failure)
 
 
 def border_chain(
