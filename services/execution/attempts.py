@@ -415,7 +415,7 @@ class Operation:
                 model=attempt.candidate.model,
                 is_wire=is_wire and not isinstance(piece, pb2.DeltaBatch),
             )
-            while not isinstance(piece, Completed):
+            while type(piece) is bytes or not isinstance(piece, Completed):
                 produced.add(piece)
                 yield piece
                 if limit and produced.size > look_at:

@@ -156,7 +156,9 @@ class ExecutionServicer:
             events = await operation.open_stream()
             async for event in events:
                 if type(event) is bytes:
-                    yield response(wire=event)
+                    piece = response()
+                    piece.wire = event
+                    yield piece
                 elif isinstance(event, pb2.DeltaBatch):
                     yield response(deltas=event)
                 elif isinstance(event, Completed):

@@ -376,10 +376,11 @@ class Core:
                     stream: Any = self._stream_complete(wanted, timeout=timeout, metadata=forward)
                     async with contextlib.aclosing(stream) as replies:
                         async for reply in replies:
-                            kind = reply.WhichOneof("event")
-                            if kind == "wire":
+                            if reply.HasField("wire"):
                                 yield reply.wire
-                            elif kind == "deltas":
+                                continue
+                            kind = reply.WhichOneof("event")
+                            if kind == "deltas":
                                 yield reply.deltas
                             elif kind == "opened":
                                 facts.first_byte_ns = time.monotonic_ns()

@@ -54,7 +54,8 @@ def bounded(work: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
         pending = work.send(None)
     except StopIteration as done:
         return done.value
-    task = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task(loop)
     assert task is not None, "a call needs a running task"
     expired = False
 
@@ -63,7 +64,7 @@ def bounded(work: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
         expired = True
         task.cancel()
 
-    timer = asyncio.get_running_loop().call_at(deadline, expire)
+    timer = loop.call_at(deadline, expire)
     try:
         result = yield from _carried(work, pending)
     except asyncio.CancelledError:
@@ -175,12 +176,13 @@ class BoundedStream:
     stream nothing but a look.
     """
 
-    __slots__ = ("_deadline", "_ended", "_expired", "_replies", "_step", "_task", "_timer", "_what")
+    __slots__ = ("_deadline", "_ended", "_expired", "_loop", "_replies", "_step", "_task", "_timer", "_what")
 
     def __init__(self, replies: AsyncIterator[Any], deadline: float, what: str, ended: Ended | None = None) -> None:
         """`ended` is told the end of the replies: None, or what was raised, and returns what to raise instead."""
         self._replies = replies
         self._ended = ended
+        self._loop = asyncio.get_running_loop()
         self._step = replies.__anext__
         self._deadline = deadline
         self._what = what
@@ -210,10 +212,11 @@ class BoundedStream:
             if failure is error:
                 raise
             raise failure from None
-        task = self._task = asyncio.current_task()
+        loop = self._loop
+        task = self._task = asyncio.current_task(loop)
         assert task is not None, "a call needs a running task"
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_at(self._deadline, self._expire)
+            self._timer = loop.call_at(self._deadline, self._expire)
         try:
             result = yield from _carried(work, pending)
         except asyncio.CancelledError as error:
