@@ -142,6 +142,10 @@ class Core:
         """The principal of a key that was checked lately; None: ask `authenticate`. Hot path, no waiting."""
         return self._around.identities.known(secret)
 
+    def known_digest(self, digest: bytes) -> Principal | None:
+        """As `known`, by what `identities.digest_of` makes of the key."""
+        return self._around.identities.known_digest(digest)
+
     async def authenticate(self, secret: str | None) -> Principal:
         """The principal of a key. Failure KEY_MISSING, KEY_INVALID, DEPENDENCY_UNAVAILABLE."""
         return await self._around.identities.authenticate(secret, self._limits.authenticate)

@@ -60,7 +60,11 @@ class Identities:
 
     def known(self, secret: str) -> Principal | None:
         """The principal of a key that was checked lately; None: ask `authenticate`."""
-        entry = self._entries.get(hashlib.sha256(secret.encode("utf-8", "replace")).digest())
+        return self.known_digest(digest_of(secret))
+
+    def known_digest(self, digest: bytes) -> Principal | None:
+        """As `known`, for who has the key's digest already."""
+        entry = self._entries.get(digest)
         if entry is None or self._clock() >= entry.valid_until:
             return None
         entry.used = True
@@ -77,7 +81,7 @@ class Identities:
         principal = self.known(secret)
         if principal is not None:
             return principal
-        digest = hashlib.sha256(secret.encode("utf-8", "replace")).digest()
+        digest = digest_of(secret)
         refused_until = self._refused.get(digest)
         if refused_until is not None and self._clock() < refused_until:
             raise _invalid_key()
@@ -165,6 +169,11 @@ class Identities:
         entry.checks = now + seconds * 0.6
         entry.used = False
         return principal
+
+
+def digest_of(secret: str) -> bytes:
+    """What a key is known by."""
+    return hashlib.sha256(secret.encode("utf-8", "replace")).digest()
 
 
 def _invalid_key() -> Failure:

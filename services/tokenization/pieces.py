@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
@@ -18,7 +17,6 @@ class Pieces:
         self._count = count
         self._capacity = capacity
         self._known: OrderedDict[str | int, int] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __call__(self, text: str) -> int:
         """Tokens of `text`."""
@@ -26,15 +24,17 @@ class Pieces:
             return 0
         if len(text) > _LONGEST or self._capacity == 0:
             return self._count(text)
+        # No lock: each of these calls is one step for other threads, and all that may come between two of them is that a text leaves.
         known = self._known
-        with self._lock:
-            found = known.get(text)
-            if found is not None:
+        found = known.get(text)
+        if found is not None:
+            try:  # noqa: SIM105  # a context manager costs as much as all the rest
                 known.move_to_end(text)
-                return found
+            except KeyError:
+                pass
+            return found
         found = self._count(text)
-        with self._lock:
-            known[text] = found
-            if len(known) > self._capacity:
-                known.popitem(last=False)
+        known[text] = found
+        if len(known) > self._capacity:
+            known.popitem(last=False)
         return found

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import time
 import uuid
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -117,6 +120,26 @@ def test_another_tenant_never_sees_the_entry(mesh: Running, client: Client) -> N
     assert generate(client, request).receipt.cache.status == receipt_pb2.CACHE_STATUS_HIT_EXACT
     with mesh.client(key=secret) as other:
         assert generate(other, request).receipt.cache.status == receipt_pb2.CACHE_STATUS_MISS
+
+
+def test_a_kept_connection_is_nobody_s_but_the_key_s_that_each_request_shows(mesh: Running, client: Client) -> None:
+    parts = urlsplit(mesh.ready.http)
+    good = {"authorization": f"Bearer {mesh.ready.key}"}
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT)
+    with contextlib.closing(connection):
+        for headers, status in (
+            (good, 200),
+            ({"authorization": "Bearer sk-sluice-wrong"}, 401),
+            ({}, 401),
+            (good, 200),
+            ({"x-api-key": mesh.ready.key}, 200),
+            ({"x-api-key": "sk-sluice-wrong"}, 401),
+            (good, 200),
+        ):
+            connection.request("GET", "/v1/models", headers=headers)
+            response = connection.getresponse()
+            response.read()
+            assert response.status == status, headers
 
 
 def test_a_stream_comes_in_pieces_and_ends_with_its_receipt(client: Client) -> None:

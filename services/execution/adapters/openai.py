@@ -52,8 +52,8 @@ def message_of(message: conversation_pb2.Message) -> list[dict[str, Any]]:
     """The chat messages that a turn becomes: one, or one per tool result."""
     parts = message.parts
     role = _ROLES[message.role]
-    if len(parts) == 1 and parts[0].WhichOneof("kind") == "text":
-        plain: dict[str, Any] = {"role": role, "content": parts[0].text}
+    if len(parts) == 1 and (part := parts[0]).HasField("text"):
+        plain: dict[str, Any] = {"role": role, "content": part.text}
         if message.name:
             plain["name"] = message.name
         return [plain]

@@ -74,9 +74,9 @@ class Exchange:
 
     __slots__ = (
         "_chunked",
-        "_connection",
         "body",
         "closed",
+        "connection",
         "expire_at",
         "expired",
         "headers",
@@ -99,7 +99,7 @@ class Exchange:
         keep_alive: bool,
         is_old: bool,
     ) -> None:
-        self._connection = connection
+        self.connection = connection
         self.method = method
         self.target = target
         self.headers = headers
@@ -123,7 +123,7 @@ class Exchange:
         if self.closed:
             return
         self.opened = self.closed = True
-        connection = self._connection
+        connection = self.connection
         length = len(body)
         if self.method == b"HEAD":
             body = b""
@@ -146,11 +146,11 @@ class Exchange:
         else:
             self._chunked = True
             head += b"transfer-encoding: chunked\r\n"
-        self._connection.write(head + self._connection.listener.date_line + self._persistence())
+        self.connection.write(head + self.connection.listener.date_line + self._persistence())
 
     def send(self, data: bytes) -> bool:
         """Writes a piece, not empty. False: the client reads too slowly, await `writable` before the next."""
-        connection = self._connection
+        connection = self.connection
         if self.closed or self.method == b"HEAD":
             return True
         connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
@@ -158,7 +158,7 @@ class Exchange:
 
     async def writable(self) -> None:
         """Returns when the client has caught up; bounded by the write timeout, after which the connection is cut off."""
-        await self._connection.writable()
+        await self.connection.writable()
 
     def close(self) -> None:
         """Ends an opened answer."""
@@ -166,26 +166,26 @@ class Exchange:
             return
         self.closed = True
         if self._chunked and self.method != b"HEAD":
-            self._connection.write(b"0\r\n\r\n")
-        self._connection.advance_after(self)
+            self.connection.write(b"0\r\n\r\n")
+        self.connection.advance_after(self)
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Starts the handler."""
-        connection = self._connection
+        connection = self.connection
         task = self.task = asyncio.get_running_loop().create_task(work)
         connection.listener.tasks.add(task)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._connection.listener.tasks.discard(task)
+        self.connection.listener.tasks.discard(task)
         if not self.closed:
             # Nobody will answer any more, and requests behind this one must not wait for ever.
-            self._connection.abort()
+            self.connection.abort()
         if not task.cancelled() and (error := task.exception()) is not None:
             task.get_loop().call_exception_handler({"message": "a handler failed", "exception": error, "task": task})
 
     def _persistence(self) -> bytes:
-        if not self.keep_alive or self._connection.listener.draining:
+        if not self.keep_alive or self.connection.listener.draining:
             self.keep_alive = False
             return b"connection: close\r\n\r\n"
         return b"connection: keep-alive\r\n\r\n" if self.is_old else b"\r\n"
@@ -197,11 +197,13 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_admitted", "_advancing", "_body", "_config", "_continue", "_current", "_deadline", "_header_bytes", "_header_count", "_headers",
         "_is_old", "_keep_alive", "_loop", "_parser", "_queue", "_reading", "_refusal", "_size", "_spare", "_stage", "_stalled_since",
-        "_stalled_size", "_target", "_timed", "_transport", "_waiter", "_wire", "_write", "is_stalled", "listener",
+        "_stalled_size", "_target", "_timed", "_transport", "_waiter", "_wire", "_write", "is_stalled", "listener", "memory",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
         self.listener = listener
+        self.memory: Any = None
+        """What the application remembers from one request to the next."""
         self._config = listener.config
         self._loop = loop
         self._parser = httptools.HttpRequestParser(self)
@@ -685,7 +687,7 @@ class Listener:
         self.tasks: set[asyncio.Task[None]] = set()
         """Handlers at work; one that was cancelled is among them until it has ended."""
         self.port = 0
-        self._connections: set[Connection] = set()
+        self.connections: set[Connection] = set()
         self._buffered = 0
         self._server: asyncio.Server | None = None
         self._empty = asyncio.Event()
@@ -694,7 +696,7 @@ class Listener:
     @property
     def connection_count(self) -> int:
         """Open connections."""
-        return len(self._connections)
+        return len(self.connections)
 
     @property
     def buffered_bytes(self) -> int:
@@ -703,16 +705,16 @@ class Listener:
 
     def admit(self, connection: Connection) -> bool:
         """Counts a new connection; False: there are too many."""
-        if len(self._connections) >= self.config.max_connections:
+        if len(self.connections) >= self.config.max_connections:
             return False
-        self._connections.add(connection)
+        self.connections.add(connection)
         self._empty.clear()
         return True
 
     def forget(self, connection: Connection) -> None:
         """A connection is gone."""
-        self._connections.discard(connection)
-        if not self._connections:
+        self.connections.discard(connection)
+        if not self.connections:
             self._empty.set()
 
     def reserve(self, size: int) -> bool:
@@ -735,12 +737,12 @@ class Listener:
         self.draining = True
         if self._server is not None:
             self._server.close()
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.retire()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), self.config.drain_timeout)
         # Those that haven't ended get to say so: a client must be able to tell a stream that was cut from one that is whole.
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.expire()
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=_SETTLE_SECONDS)
@@ -783,11 +785,11 @@ class Listener:
 
     def _sweep(self, now: float) -> None:
         self.date_line = b"date: %b\r\n" % formatdate(usegmt=True).encode("ascii")
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.sweep(now)
 
     async def _cut_off(self) -> None:
-        for connection in list(self._connections):
+        for connection in list(self.connections):
             connection.abort()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), _SETTLE_SECONDS)
