@@ -34,7 +34,7 @@ _SETTLE_SECONDS: Final = 1.0
 _FRAMING_FACTOR: Final = 8
 """A body in chunks of one byte, the finest there are, takes six bytes per byte. More than this is chunk extensions, or worse."""
 _WHOLE_WRITE: Final = 65_536
-"""Bodies up to this many bytes are joined with their head: one copy is cheaper than a second write."""
+"""Bodies up to this many bytes are joined with their head: one copy is cheaper than a second write. More than this waits for no turn's end."""
 
 
 class Application(Protocol):
@@ -197,7 +197,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_admitted", "_advancing", "_body", "_config", "_continue", "_current", "_deadline", "_header_bytes", "_header_count", "_headers",
         "_is_old", "_keep_alive", "_loop", "_parser", "_queue", "_reading", "_refusal", "_size", "_spare", "_stage", "_stalled_since",
-        "_stalled_size", "_target", "_timed", "_transport", "_unsent", "_waiter", "_wire", "_write", "is_stalled", "listener", "memory",
+        "_stalled_size", "_target", "_timed", "_transport", "_unsent", "_unsent_size", "_waiter", "_wire", "_write", "is_stalled", "listener", "memory",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
@@ -228,6 +228,7 @@ class Connection(asyncio.Protocol):
         self._continue = False
         self._refusal: Failure | None = None
         self._unsent: list[bytes] = []
+        self._unsent_size = 0
         self.is_stalled = False
         self._stalled_since = 0.0
         self._stalled_size = 0
@@ -438,12 +439,17 @@ class Connection(asyncio.Protocol):
         if not unsent:
             self.listener.flush_soon(self)
         unsent.append(data)
+        self._unsent_size += len(data)
+        if self._unsent_size > _WHOLE_WRITE:
+            # A handler that gives piece after piece without waiting must hear from the socket that it is full.
+            self.flush()
 
     def flush(self) -> None:
         """Hands what was written in this turn of the loop to the socket."""
         unsent = self._unsent
         if unsent:
             self._unsent = []
+            self._unsent_size = 0
             if len(unsent) == 1:
                 self._write(unsent[0])
             else:
