@@ -180,6 +180,12 @@ class _Connection(asyncio.Protocol):
         waiter = self._waiter = self._loop.create_future()
         return waiter
 
+    def send(self, request: bytes) -> None:
+        """Sends the request, if somebody still waits for its answer."""
+        waiter = self._waiter
+        if self.transport is not None and not self.closed and waiter is not None and not waiter.done():
+            self.transport.write(request)
+
     async def exchange(self, request: bytes, deadline: float) -> Response:
         """One request and its whole answer."""
         waiter = self._begin(streaming=False)
@@ -412,8 +418,7 @@ class Pool:
     def _send(self) -> None:
         unsent, self._unsent = self._unsent, []
         for connection, request in unsent:
-            if not connection.closed and connection.transport is not None:
-                connection.transport.write(request)
+            connection.send(request)
 
     def release(self, connection: _Connection, keep: bool) -> None:
         """The connection's request is over."""

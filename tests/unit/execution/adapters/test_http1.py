@@ -77,6 +77,19 @@ async def test_calls_at_once_have_connections_of_their_own() -> None:
     assert len(server.streams) == 3
 
 
+async def test_requests_of_one_turn_leave_at_its_end_and_none_of_a_call_that_was_cancelled_in_it() -> None:
+    async with upstream(whole(b"ok")) as server, pool_to(server.url) as pool:
+        await asyncio.gather(*(ask(pool) for _ in range(3)))
+        first, leaving, last = (asyncio.create_task(ask(pool, body)) for body in (b"1", b"2", b"3"))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        answers = await asyncio.gather(first, leaving, last, return_exceptions=True)
+        assert isinstance(answers[1], asyncio.CancelledError)
+        # The connection of the one that left is gone, and another call gets one of its own.
+        assert (await ask(pool, b"4")).body == b"ok"
+    assert sorted(exchange.body for exchange in server.exchanges[3:]) == [b"1", b"3", b"4"]
+
+
 @pytest.mark.parametrize("keep_alive", [0.0, 0.001])
 async def test_an_idle_connection_that_is_too_old_is_closed_and_not_used(keep_alive: float) -> None:
     async with upstream(whole(b"ok")) as server, pool_to(server.url, keep_alive=keep_alive) as pool:
