@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
+OLD_ENOUGH = "sys.version_info >= (3, 11)"
 COMMAND = """#!{python}
 from services.cli.app import main
 
@@ -21,7 +22,7 @@ main()
 
 
 def interpreter() -> str:
-    """What the environment is made with: SLUICE_PYTHON, else Debian's own Python of the version that runs this, else that one.
+    """What a new environment is made with: SLUICE_PYTHON, else Debian's own Python of the version that runs this, else that one.
 
     Debian builds its interpreter with profile-guided and link-time optimisation; the builds of version managers mostly lack both, and
     every request then costs 5 % more.
@@ -29,18 +30,15 @@ def interpreter() -> str:
     if named := os.environ.get("SLUICE_PYTHON"):
         return named
     debian = f"/usr/bin/python3.{sys.version_info.minor}"
-    if os.path.exists(debian):
-        able = subprocess.run([debian, "-c", "import ensurepip, sqlite3, ssl, venv"], capture_output=True, check=False)
-        if able.returncode == 0:
-            return debian
-    return sys.executable
+    return debian if asked(debian, "import ensurepip, sqlite3, ssl, venv; print('able')") == "able" else sys.executable
 
 
-def base_of(python: Path) -> str:
-    """The interpreter that an environment's was made with."""
-    command = [str(python), "-c", "import os, sys; print(os.path.realpath(sys._base_executable))"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+def asked(python: str | Path, code: str) -> str:
+    """What an interpreter prints; empty when there is none, or it fails."""
+    try:
+        return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def main() -> int:
@@ -49,14 +47,17 @@ def main() -> int:
         print("Sluice needs Python 3.11 or newer; apt-get install python3.11 python3.11-venv", file=sys.stderr)
         return 1
     python = VENV / "bin" / "python"
-    chosen = interpreter()
-    if not python.exists() or base_of(python) != os.path.realpath(chosen):
-        made = subprocess.run([chosen, "-m", "venv", "--clear", str(VENV)], check=False)
-        if made.returncode:
-            print(
-                f"{chosen} can't make a virtual environment; apt-get install python3-venv, or set SLUICE_PYTHON",
-                file=sys.stderr,
-            )
+    is_there = python.exists() and asked(python, "print('able')") == "able"
+    # One that works is kept, whatever it was made with, unless somebody names another.
+    if not is_there or os.environ.get("SLUICE_PYTHON"):
+        chosen = interpreter()
+        base = asked(chosen, f"import os, sys; {OLD_ENOUGH} and print(os.path.realpath(sys._base_executable))")
+        if not base:
+            print(f"{chosen} is no Python 3.11 or newer; name another by SLUICE_PYTHON", file=sys.stderr)
+            return 1
+        is_other = not is_there or base != asked(python, "import os, sys; print(os.path.realpath(sys._base_executable))")
+        if is_other and subprocess.run([base, "-m", "venv", "--clear", str(VENV)], check=False).returncode:
+            print(f"{base} can't make a virtual environment: apt-get install python3-venv", file=sys.stderr)
             return 1
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     lock = ROOT / "requirements-dev.lock"

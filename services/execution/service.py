@@ -34,21 +34,22 @@ class Reports:
     """Attempts that ended since routing was last told: of each model the first few of an interval, which is all that percentiles need."""
 
     def __init__(self) -> None:
-        self._attempts: list[receipt_pb2.Attempt] = []
+        self._reports: list[routing_service_pb2.AttemptReport] = []
         self._counts: dict[str, int] = {}
 
     def add(self, attempt: receipt_pb2.Attempt) -> None:
         """One more, as it stands in the receipt."""
         counts, model = self._counts, attempt.model
         count = counts.get(model, 0)
-        if count < _MOST_OF_A_MODEL and len(self._attempts) < _MOST_REPORTS:
+        if count < _MOST_OF_A_MODEL and len(self._reports) < _MOST_REPORTS:
             counts[model] = count + 1
-            self._attempts.append(attempt)
+            # At once, and not the attempt itself: it is a part of the reply, and would keep all of it in memory.
+            self._reports.append(_reported(attempt))
 
     def take(self) -> list[routing_service_pb2.AttemptReport]:
         """All of them, which are then forgotten."""
-        taken, self._attempts, self._counts = self._attempts, [], {}
-        return [_reported(attempt) for attempt in taken]
+        taken, self._reports, self._counts = self._reports, [], {}
+        return taken
 
 
 def _reported(attempt: receipt_pb2.Attempt) -> routing_service_pb2.AttemptReport:

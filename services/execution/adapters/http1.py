@@ -186,6 +186,10 @@ class _Connection(asyncio.Protocol):
         if self.transport is not None and not self.closed and waiter is not None and not waiter.done():
             self.transport.write(request)
 
+    def fail_unsent(self) -> None:
+        """The request could not be sent: its caller is told so, and that nothing was read."""
+        self._fail(AttemptFailed(Reason.PROVIDER_UNAVAILABLE, "the connection to the provider took no bytes"))
+
     async def exchange(self, request: bytes, deadline: float) -> Response:
         """One request and its whole answer."""
         waiter = self._begin(streaming=False)
@@ -418,7 +422,11 @@ class Pool:
     def _send(self) -> None:
         unsent, self._unsent = self._unsent, []
         for connection, request in unsent:
-            connection.send(request)
+            try:
+                connection.send(request)
+            # A transport that refuses its bytes must not keep the requests of others.
+            except Exception:  # noqa: BLE001
+                connection.fail_unsent()
 
     def release(self, connection: _Connection, keep: bool) -> None:
         """The connection's request is over."""

@@ -273,6 +273,8 @@ class Connection(asyncio.Protocol):
             self._invite()
 
     def eof_received(self) -> bool | None:
+        # The transport closes itself now; what is written already goes out before.
+        self.flush()
         return None
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -754,7 +756,11 @@ class Listener:
     def _flush(self) -> None:
         connections, self._unsent = self._unsent, []
         for connection in connections:
-            connection.flush()
+            try:
+                connection.flush()
+            # A transport that refuses its bytes must not keep the answers of others.
+            except Exception:  # noqa: BLE001
+                connection.abort()
 
     def reserve(self, size: int) -> bool:
         """Counts `size` bytes of a body; False: too many are held already."""
