@@ -63,9 +63,12 @@ async def running(directory: Path, config: Config = BOOTSTRAP, *, nats_url: str 
             yield Running(process, log)
             assert not [worker for worker in workers if worker.done()]
         finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.wait(workers)
+            # As the process does: before Python 3.12 `asyncio.wait_for`, which nats-py waits with, may swallow a cancellation.
+            left = set(workers)
+            while left:
+                for worker in left:
+                    worker.cancel()
+                _, left = await asyncio.wait(left, timeout=0.2)
 
 
 async def prices(run: Running) -> usage_service_pb2.ListPricesResponse:
