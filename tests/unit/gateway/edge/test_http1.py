@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -975,6 +976,26 @@ async def test_a_handler_that_fails_closes_its_connection_only() -> None:
             assert await client.is_closed()
         assert (await (await site.client()).ask(GET % b"good")).body == b"good"
     assert [type(problem["exception"]) for problem in problems] == [ZeroDivisionError]
+
+
+@on_both_loops
+async def test_an_answer_of_the_turn_in_which_the_client_says_no_more_is_sent() -> None:
+    loop = asyncio.get_running_loop()
+
+    async def handler(exchange: Exchange) -> None:
+        # The end of the client's side comes in while this turn of the loop goes on, and is read before the turn's end sends.
+        socket_of_the_client.shutdown(socket.SHUT_WR)
+        ends = loop.time() + 0.05
+        while time.monotonic() < ends:
+            pass
+        exchange.respond(OK, b"late")
+
+    async with listening(handler) as site:
+        socket_of_the_client = socket.create_connection(("127.0.0.1", site.listener.port))
+        with contextlib.closing(socket_of_the_client):
+            socket_of_the_client.sendall(GET % b"x")
+            received = await asyncio.to_thread(lambda: b"".join(iter(lambda: socket_of_the_client.recv(4096), b"")))
+    assert received.endswith(b"late")
 
 
 @on_both_loops
