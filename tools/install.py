@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
-OLD_ENOUGH = "sys.version_info >= (3, 11)"
+BASE = "import os, sys; sys.version_info >= (3, 11) and print(os.path.realpath(sys._base_executable))"
+"""Makes an interpreter that Sluice can use say which one it is; inside an environment, which one that was made with."""
 COMMAND = """#!{python}
 from services.cli.app import main
 
@@ -47,16 +48,15 @@ def main() -> int:
         print("Sluice needs Python 3.11 or newer; apt-get install python3.11 python3.11-venv", file=sys.stderr)
         return 1
     python = VENV / "bin" / "python"
-    is_there = python.exists() and asked(python, "print('able')") == "able"
+    current = asked(python, BASE)
     # One that works is kept, whatever it was made with, unless somebody names another.
-    if not is_there or os.environ.get("SLUICE_PYTHON"):
+    if not current or os.environ.get("SLUICE_PYTHON"):
         chosen = interpreter()
-        base = asked(chosen, f"import os, sys; {OLD_ENOUGH} and print(os.path.realpath(sys._base_executable))")
+        base = asked(chosen, BASE)
         if not base:
             print(f"{chosen} is no Python 3.11 or newer; name another by SLUICE_PYTHON", file=sys.stderr)
             return 1
-        is_other = not is_there or base != asked(python, "import os, sys; print(os.path.realpath(sys._base_executable))")
-        if is_other and subprocess.run([base, "-m", "venv", "--clear", str(VENV)], check=False).returncode:
+        if base != current and subprocess.run([base, "-m", "venv", "--clear", str(VENV)], check=False).returncode:
             print(f"{base} can't make a virtual environment: apt-get install python3-venv", file=sys.stderr)
             return 1
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]

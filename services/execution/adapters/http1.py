@@ -342,7 +342,8 @@ class Pool:
         self._connecting = 0
         self._unsent: list[tuple[_Connection, bytes]] = []
         # A pool lives and ends with its loop; asking which one is running costs a system call.
-        self._now = asyncio.get_running_loop().time
+        self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
 
     def head(self, method: str, path: str, headers: Mapping[str, str]) -> bytes:
         """The part of a request that never changes; ends within the headers, the body's length is to follow."""
@@ -357,8 +358,7 @@ class Pool:
 
     async def acquire(self) -> _Connection:
         """A connection nobody uses. Raises AttemptFailed."""
-        loop = asyncio.get_running_loop()
-        oldest = loop.time() - self._keep_alive
+        oldest = self._now() - self._keep_alive
         while self._idle:
             connection = self._idle.pop()
             if connection.closed:
@@ -373,7 +373,7 @@ class Pool:
         self._connecting += 1
         try:
             async with asyncio.timeout(self._connect_timeout):
-                _, connection = await loop.create_connection(
+                _, connection = await self._loop.create_connection(
                     lambda: _Connection(self),
                     self._host,
                     self._port,
@@ -416,7 +416,7 @@ class Pool:
         """Sends at the end of this turn of the loop, together with the other requests of it: a provider on this machine, or a proxy
         before it, that is woken for each of them costs more than they do."""
         if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._send)
+            self._loop.call_soon(self._send)
         self._unsent.append((connection, request))
 
     def _send(self) -> None:
