@@ -217,6 +217,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
     lost_count = await asyncio.to_thread(spool.open, metering_service_pb2.Settlement.FromString, lost)
     if lost_count or spool.backlog:
         process.log.warning("spool_replayed", lost=lost_count, settlements=spool.backlog)
+    process.barrier.add(spool.write)
     process.metrics.gauge("sluice_spool_backlog", "Settlements that are not posted yet").set_function(
         lambda: float(spool.backlog)
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
 from services.execution.errors import AllFailed, AttemptFailed, ConnectionStale, SpoolFull
@@ -42,9 +42,10 @@ Report = Callable[[receipt_pb2.Attempt], None]
 class _Attempt:
     """One attempt under way."""
 
-    __slots__ = ("began", "candidate", "first", "id", "number", "operation", "price", "record", "settled", "target")
+    __slots__ = ("began", "candidate", "first", "gate", "id", "number", "operation", "price", "record", "settled", "target")
 
     def __init__(self, operation: Operation, number: int, candidate: routing_service_pb2.Candidate, target: Target) -> None:
+        """Begins to record it; raises SpoolFull."""
         self.operation = operation
         self.number = number
         self.candidate = candidate
@@ -82,6 +83,7 @@ class _Attempt:
             if count:
                 # What a crash of ours may have cost: the prompt at least.
                 record.cost_nano_usd = prompt_cost(price, count)
+        self.gate = operation.spool.begin(record)
 
     def end(
         self,
@@ -94,9 +96,9 @@ class _Attempt:
         """Settles: into the spool, the operation's receipt, and routing's statistics."""
         self.operation.spool.settle(self._settle(outcome, usage, is_final=is_final, failure=failure))
 
-    def end_well(self, usage: answer_pb2.Usage) -> Awaitable[None]:
-        """Settles a success; what it returns is done when the record is written, together with others of this turn of the loop."""
-        return self.operation.spool.end(self._settle(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage, is_final=True, failure=None))
+    def end_well(self, usage: answer_pb2.Usage) -> None:
+        """Settles a success; it is written before anything of the answer leaves the process."""
+        self.operation.spool.end(self._settle(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage, is_final=True, failure=None))
 
     def _settle(
         self,
@@ -210,8 +212,11 @@ class Operation:
         )
         skipped.start_time.FromNanoseconds(time.time_ns())
 
-    async def _begin(self, candidate: routing_service_pb2.Candidate) -> tuple[Provider, _Attempt] | None:
-        """The provider and a recorded attempt; None when the candidate can't be called now. Raises SpoolFull."""
+    def _begin(self, candidate: routing_service_pb2.Candidate) -> tuple[Provider, _Attempt] | None:
+        """The provider and an attempt, which is on record when its gate lets through; None when the candidate can't be called now.
+
+        Raises SpoolFull.
+        """
         name = candidate.provider
         provider = self._targets.providers.get(name)
         if provider is None:
@@ -227,18 +232,16 @@ class Operation:
         except BaseException:
             target.breaker.ignored()
             raise
-        try:
-            await self.spool.begin(attempt.record)
-        except SpoolFull:
-            target.breaker.ignored()
-            raise
-        except BaseException as error:
-            # The caller went away while the record was being written: it may be there, so it is settled.
-            self._dropped(attempt, None, error)
-            raise
         return provider, attempt
 
-    def _prompt(self, candidate: routing_service_pb2.Candidate, model: str, deadline: float, accepted_wire: int) -> Prompt:
+    def _prompt(
+        self,
+        candidate: routing_service_pb2.Candidate,
+        model: str,
+        deadline: float,
+        accepted_wire: int,
+        gate: Callable[[], None],
+    ) -> Prompt:
         request = self._request
         conversation = request.conversation
         return Prompt(
@@ -250,6 +253,7 @@ class Operation:
             request.end_user_hash,
             request.metadata,
             accepted_wire,
+            gate,
         )
 
     def _failure(self, attempt: _Attempt, failure: AttemptFailed, *, is_last: bool, is_stale: bool = False) -> None:
@@ -309,12 +313,14 @@ class Operation:
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
             for again in (False, True):
-                begun = await self._begin(candidate)
+                begun = self._begin(candidate)
                 if begun is None:
                     break
                 provider, attempt = begun
                 try:
-                    prompt = self._prompt(candidate, attempt.target.model, self._attempt_deadline(candidate, is_last), 0)
+                    prompt = self._prompt(
+                        candidate, attempt.target.model, self._attempt_deadline(candidate, is_last), 0, attempt.gate
+                    )
                     completed = await provider.complete(prompt)
                 except ConnectionStale as failure:
                     self._failure(attempt, failure, is_last=is_last and again, is_stale=not again)
@@ -322,17 +328,22 @@ class Operation:
                 except AttemptFailed as failure:
                     self._failure(attempt, failure, is_last=is_last)
                     break
+                except SpoolFull:
+                    # The record could not be written, so nothing was sent, and there is nothing to settle.
+                    attempt.target.breaker.ignored()
+                    raise
                 except Failure as failure:
                     # The deadline passed before the call: nothing was sent.
                     attempt.target.breaker.ignored()
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
                     raise
                 except BaseException as error:
-                    self._dropped(attempt, self._partial(0) if self.input_count else None, error)
+                    # What was not sent is not billed.
+                    self._dropped(attempt, self._partial(0) if self.input_count and attempt.gate.passed else None, error)
                     raise
                 attempt.target.breaker.succeeded()
                 self._account(completed.answer)
-                await attempt.end_well(completed.answer.usage)
+                attempt.end_well(completed.answer.usage)
                 return completed
         raise self._exhausted()
 
@@ -360,7 +371,7 @@ class Operation:
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
             for again in (False, True):
-                begun = await self._begin(candidate)
+                begun = self._begin(candidate)
                 if begun is None:
                     break
                 provider, attempt = begun
@@ -372,7 +383,7 @@ class Operation:
                     attempt.target.breaker.ignored()
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
                     raise
-                prompt = self._prompt(candidate, attempt.target.model, self._deadline - _MARGIN, wire)
+                prompt = self._prompt(candidate, attempt.target.model, self._deadline - _MARGIN, wire, attempt.gate)
                 pieces = provider.stream(prompt)
                 try:
                     try:
@@ -392,8 +403,12 @@ class Operation:
                     await _closed(pieces)
                     self._failure(attempt, failure, is_last=is_last)
                     break
+                except SpoolFull:
+                    attempt.target.breaker.ignored()
+                    await _closed(pieces)
+                    raise
                 except BaseException as error:
-                    self._dropped(attempt, self._partial(0) if self.input_count else None, error)
+                    self._dropped(attempt, self._partial(0) if self.input_count and attempt.gate.passed else None, error)
                     await _closed(pieces)
                     raise
                 attempt.first = time.time_ns()
@@ -428,7 +443,7 @@ class Operation:
                 piece = await anext(pieces)
             self._account(piece.answer)
             attempt.target.breaker.succeeded()
-            await attempt.end_well(piece.answer.usage)
+            attempt.end_well(piece.answer.usage)
             yield piece
         except StopAsyncIteration:
             failure = AttemptFailed(Reason.PROVIDER_STREAM_BROKEN, "the provider's stream ended before its answer did")
@@ -468,7 +483,7 @@ class Operation:
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
             for again in (False, True):
-                begun = await self._begin(candidate)
+                begun = self._begin(candidate)
                 if begun is None:
                     break
                 provider, attempt = begun
@@ -482,6 +497,7 @@ class Operation:
                         self._attempt_deadline(candidate, is_last),
                         request.end_user_hash,
                         request.metadata,
+                        attempt.gate,
                     )
                     embedded = await provider.embed(prompt)
                 except ConnectionStale as failure:
@@ -490,6 +506,9 @@ class Operation:
                 except AttemptFailed as failure:
                     self._failure(attempt, failure, is_last=is_last)
                     break
+                except SpoolFull:
+                    attempt.target.breaker.ignored()
+                    raise
                 except Failure as failure:
                     attempt.target.breaker.ignored()
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
@@ -502,7 +521,7 @@ class Operation:
                 if usage.source == answer_pb2.USAGE_SOURCE_UNSPECIFIED:
                     usage.input_token_count = sum(len(text.encode()) // 3 + 1 for text in request.inputs)
                     usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
-                await attempt.end_well(usage)
+                attempt.end_well(usage)
                 return embedded, candidate.model
         raise self._exhausted()
 

@@ -6,9 +6,13 @@ only to be read once, on the hottest path there is. Adapters know its type.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+
+def ungated() -> None:
+    """The gate of a call that nobody records."""
 
 
 @dataclass(slots=True)
@@ -29,6 +33,9 @@ class Prompt:
     metadata: Mapping[str, str]
     accepted_wire: int
     """`WireFormat` that may be passed through unread; 0: none."""
+    gate: Callable[[], None] = ungated
+    """To be called right before the first byte goes to the provider: the attempt must be on record by then. Raises SpoolFull: then nothing
+    may be sent."""
 
 
 @dataclass(slots=True)
@@ -51,6 +58,8 @@ class EmbeddingPrompt:
     deadline: float
     end_user_hash: str
     metadata: Mapping[str, str]
+    gate: Callable[[], None] = ungated
+    """See Prompt."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,26 @@ Post = Callable[[Sequence[Any]], Awaitable[None]]
 """Posts settlements to the ledger; raises Failure when it can't at the moment."""
 
 
+class Begun:
+    """The start of an attempt. Called right before the first byte of the attempt leaves, it sees to it that the record is written."""
+
+    __slots__ = ("_spool", "failure", "passed")
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self.failure: SpoolFull | None = None
+        """The record could not be written."""
+        self.passed = False
+        """The attempt may have sent something."""
+
+    def __call__(self) -> None:
+        """Raises SpoolFull: then nothing may be sent."""
+        self._spool.write()
+        if self.failure is not None:
+            raise self.failure
+        self.passed = True
+
+
 class _Segment:
     """One file. `waiting` counts what in it isn't done with: open attempts and unposted settlements."""
 
@@ -73,8 +93,9 @@ class Spool:
         self._bytes = 0
         self._open: dict[str, _Segment] = {}
         self._unposted: deque[tuple[Any, _Segment]] = deque()
-        self._waiting: list[tuple[int, Record, asyncio.Future[None]]] = []
-        """To be written at the end of this turn of the loop."""
+        self._waiting: list[tuple[int, Record, Begun | None]] = []
+        """To be written before anything is sent, and at the end of this turn of the loop at the latest."""
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -159,6 +180,8 @@ class Spool:
 
     def settle(self, record: Record) -> None:
         """Records how an attempt ended. Never refuses: money that was spent is kept at least in memory and posted from there."""
+        # In order: a start behind its settlement would be taken for an attempt that never ended.
+        self.write()
         try:
             segment = self._append(_framed(_SETTLE, record))
         except (OSError, SpoolFull):
@@ -178,33 +201,39 @@ class Spool:
             self._idle.clear()
             self._wake.set()
 
-    # Plain functions that return what to await: a coroutine is one more frame at every step of a request.
+    def begin(self, record: Record) -> Begun:
+        """Records that an attempt begins, by one `write` for all of the same turn of the loop. What it returns is to be called before
+        anything of the attempt leaves the process.
 
-    def begin(self, record: Record) -> asyncio.Future[None]:
-        """Records that an attempt begins, by one `write` for all that begin in the same turn of the loop; returns when it is written.
-
-        Raises SpoolFull: then it must not begin. When it is cancelled the record may be written all the same, so the attempt is to be settled.
+        Raises SpoolFull: then it must not begin.
         """
         if self._bytes > self._most_bytes:
             raise SpoolFull
-        return self._grouped(_START, record)
+        begun = Begun(self)
+        self._soon(_START, record, begun)
+        return begun
 
-    def end(self, record: Record) -> asyncio.Future[None]:
-        """As `settle`, by one `write` for all that end in the same turn of the loop; returns when it is written."""
-        return self._grouped(_SETTLE, record)
+    def end(self, record: Record) -> None:
+        """As `settle`, but by one `write` for all of the same turn of the loop. It is done before anything that passes the process's
+        barrier leaves it."""
+        self._soon(_SETTLE, record, None)
 
-    def _grouped(self, kind: int, record: Record) -> asyncio.Future[None]:
-        loop = asyncio.get_running_loop()
+    def _soon(self, kind: int, record: Record, begun: Begun | None) -> None:
         group = self._waiting
         if not group:
-            loop.call_soon(self._write_group)
-        # One future each: who is cancelled cancels the one it awaits, and must not take the others along.
-        written = loop.create_future()
-        group.append((kind, record, written))
-        return written
+            loop = self._loop
+            if loop is None:
+                # Kept: asking which one is running costs a system call.
+                loop = self._loop = asyncio.get_running_loop()
+            loop.call_soon(self.write)
+        group.append((kind, record, begun))
 
-    def _write_group(self) -> None:
-        group, self._waiting = self._waiting, []
+    def write(self) -> None:
+        """Writes what waits."""
+        group = self._waiting
+        if not group:
+            return
+        self._waiting = []
         failure: SpoolFull | None = None
         try:
             segment = self._append(b"".join([_framed(kind, record) for kind, record, _ in group]))
@@ -212,17 +241,14 @@ class Spool:
             failure = error if isinstance(error, SpoolFull) else SpoolFull()
             segment = self._segments[-1]
             self.failure_count += 1
-        for kind, record, written in group:
-            if kind == _SETTLE:
+        for _, record, begun in group:
+            if begun is None:
                 self._take_settled(record, segment)
             elif failure is None:
                 segment.waiting += 1
                 self._open[record.attempt_id] = segment
-            if not written.done():
-                if failure is not None and kind == _START:
-                    written.set_exception(failure)
-                else:
-                    written.set_result(None)
+            else:
+                begun.failure = failure
 
     async def run(self) -> None:
         """Fsyncs and posts, in groups, until cancelled."""
@@ -271,6 +297,7 @@ class Spool:
 
     async def flush(self, seconds: float) -> bool:
         """Waits until everything is posted; False when that took longer than `seconds`. `run` must be running."""
+        self.write()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while self._unposted:
@@ -279,8 +306,7 @@ class Spool:
 
     def close(self) -> None:
         """Closes the files; those that are done with are removed, the others wait for the next start."""
-        if self._waiting:
-            self._write_group()
+        self.write()
         if self._segments and not self._segments[-1].waiting:
             last = self._segments.pop()
             os.close(last.descriptor)

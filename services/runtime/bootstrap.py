@@ -248,7 +248,15 @@ async def _start_servers(
         )
         table = build_table(service.bindings, chain)
         names = (service.name, *sorted({method.service for method in table.values()}))
-        server = GrpcServer(settings, table, names, authenticator=authenticator, admission=admission, log=process.log)
+        server = GrpcServer(
+            settings,
+            table,
+            names,
+            authenticator=authenticator,
+            admission=admission,
+            barrier=process.barrier,
+            log=process.log,
+        )
         address = await server.start(settings.grpc_ports.get(service.name, 0))
         # For the way out after an error; after a drain there is nothing left to stop.
         stack.push_async_callback(server.stop, 0.0)

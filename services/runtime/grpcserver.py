@@ -16,7 +16,7 @@ from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Call, CallerKind
 from services.runtime.dispatch import Method, Table
 from services.runtime.errors import Failure, Reason
 from services.runtime.frames import LINK_SERVICE, link_options
-from services.runtime.inproc import BoundedStream, bounded
+from services.runtime.inproc import BoundedStream
 from services.runtime.interceptors import Log
 from services.runtime.linkserver import LinkServer
 from services.runtime.settings import MeshSettings, Profile, Reflection
@@ -47,14 +47,17 @@ class GrpcServer:
         *,
         authenticator: Authenticator,
         admission: Admission,
+        barrier: Callable[[], None],
         log: Log,
     ) -> None:
+        """`barrier` is called before anything is sent."""
         self._settings = settings
         self._health_names = ("", *health_names)
         self._admission = admission
         self._log = log
         self._health = health.aio.HealthServicer()
-        self._links = LinkServer(table, authenticator, admission, log=log)
+        self._barrier = barrier
+        self._links = LinkServer(table, authenticator, admission, barrier=barrier, log=log)
         self._server = grpc.aio.server(
             options=_options(settings),
             interceptors=(_ReflectionGate(authenticator),) if _reflection(settings) is Reflection.AUTHENTICATED else (),
@@ -113,6 +116,7 @@ class GrpcServer:
         handler = method.unary
         assert handler is not None
         admission = self._admission
+        barrier = self._barrier
         path = method.path
 
         async def run(data: bytes, context: Context) -> bytes:
@@ -120,10 +124,11 @@ class GrpcServer:
                 admission.enter()
                 try:
                     call = _call(path, context)
-                    reply = await bounded(handler(data, call), call.deadline, path)
+                    reply = await handler(data, call)
                     return bytes(reply.SerializeToString())
                 finally:
                     admission.leave()
+                    barrier()
             except Failure as failure:
                 await _abort(context, failure)
             except Exception as error:  # noqa: BLE001  # a message boundary; it is logged and mapped
@@ -135,6 +140,7 @@ class GrpcServer:
         handler = method.stream
         assert handler is not None
         admission = self._admission
+        barrier = self._barrier
         path = method.path
 
         async def run(data: bytes, context: Context) -> AsyncIterator[bytes]:
@@ -146,11 +152,13 @@ class GrpcServer:
                     replies = BoundedStream(handler(data, call), call.deadline, path)
                     try:
                         async for reply in replies:
+                            barrier()
                             yield reply.SerializeToString()
                     finally:
                         await replies.aclose()
                 finally:
                     admission.leave()
+                    barrier()
             except Failure as raised:
                 failure = raised
             except Exception as error:  # noqa: BLE001  # a message boundary; it is logged and mapped

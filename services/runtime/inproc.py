@@ -1,7 +1,7 @@
 """The in-process channel of the compact topology.
 
 Generated stubs take it like any channel. A call goes to the wrapped handler of the method table without serialisation: same
-interceptors, deadline, metadata and errors as over a socket. The one difference callers must know: messages are shared, so
+interceptors, which also keep the deadline of a unary call, same metadata and errors as over a socket. The one difference callers must know: messages are shared, so
 neither side may change a message that it has handed over.
 
 Errors are raised as `Failure`, as the link does; `asyncio.CancelledError` only when the calling task is cancelled.
@@ -17,6 +17,7 @@ from typing import Any, Final
 from google.protobuf.message import Message
 
 from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, FORWARDED, Call, Caller, Metadata
+from services.runtime.deadlines import carried
 from services.runtime.dispatch import Method, StreamHandler, Table
 from services.runtime.errors import Failure, Reason, deadline_exceeded
 from services.runtime.interceptors import Ended, StagedStream
@@ -26,70 +27,23 @@ MetadataLike = Iterable[tuple[str, str]]
 _EMPTY: Final[Mapping[str, str]] = types.MappingProxyType({})
 
 
-def _carried(work: Any, pending: Any) -> Generator[Any, Any, Any]:
-    """Runs `work` on from its first wait to its end: what it yields goes to the loop, and what the loop sends or throws back to it."""
-    try:
-        while True:
-            try:
-                sent = yield pending
-            except GeneratorExit:
-                work.close()
-                raise
-            except BaseException as thrown:  # noqa: BLE001  # handed on, whatever it is
-                pending = work.throw(thrown)
-            else:
-                pending = work.send(sent)
-    except StopIteration as done:
-        return done.value
-
-
-@types.coroutine
-def bounded(work: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
-    """Awaits `work` (a coroutine, or the step of an async generator) until `deadline`, then Failure DEADLINE_EXCEEDED.
-
-    The timer is set only if the work really waits: most handlers of a hot path end in their first step, and a timer or
-    `asyncio.timeout` for each would cost more than they do.
-    """
-    try:
-        pending = work.send(None)
-    except StopIteration as done:
-        return done.value
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task(loop)
-    assert task is not None, "a call needs a running task"
-    expired = False
-
-    def expire() -> None:
-        nonlocal expired
-        expired = True
-        task.cancel()
-
-    timer = loop.call_at(deadline, expire)
-    try:
-        result = yield from _carried(work, pending)
-    except asyncio.CancelledError:
-        if expired and task.uncancel() == 0:
-            raise deadline_exceeded(what) from None
-        raise
-    except BaseException:
-        if expired:
-            task.uncancel()
-        raise
-    else:
-        if expired and task.uncancel() > 0:
-            raise asyncio.CancelledError
-        return result
-    finally:
-        timer.cancel()
-
-
-def _forwarded(metadata: MetadataLike) -> Metadata:
-    """What of `metadata` travels on. What arrives is mostly the caller's own `call.forward`, which is taken as it is."""
-    pairs = metadata if type(metadata) is tuple else tuple(metadata)
+def _forwarded(pairs: Metadata) -> Metadata:
+    """What of the metadata travels on. What arrives is mostly the caller's own `call.forward`, which is taken as it is."""
     for pair in pairs:
         if pair[0] not in FORWARDED:
             return tuple([pair for pair in pairs if pair[0] in FORWARDED])
     return pairs
+
+
+_latest: tuple[MetadataLike, Mapping[str, str], Metadata] = ((), _EMPTY, ())
+
+
+def _seen(metadata: MetadataLike) -> tuple[MetadataLike, Mapping[str, str], Metadata]:
+    """`metadata`, as a mapping, and what of it travels on. Remembered: one request makes several calls with the same, mostly in one go."""
+    global _latest  # noqa: PLW0603  # replaced as a whole, so any thread may
+    pairs = metadata if type(metadata) is tuple else tuple(metadata)
+    _latest = (pairs, dict(pairs), _forwarded(pairs))
+    return _latest
 
 
 class InprocChannel:
@@ -134,11 +88,12 @@ class InprocChannel:
             elif timeout <= 0:
                 raise deadline_exceeded(method)
             deadline = now() + timeout
-            if metadata:
-                context = Call(method, deadline, dict(metadata), caller, _forwarded(metadata))
-            else:
+            if not metadata:
                 context = Call(method, deadline, _EMPTY, caller)
-            return bounded(handler(request, context), deadline, method)
+            else:
+                known = _latest if _latest[0] is metadata else _seen(metadata)
+                context = Call(method, deadline, known[1], caller, known[2])
+            return handler(request, context)
 
         return call
 
@@ -158,7 +113,8 @@ class InprocChannel:
                 assert handler is not None, f"{method} is unary"
             deadline = asyncio.get_running_loop().time() + (DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout)
             if metadata:
-                context = Call(method, deadline, dict(metadata), self._caller, _forwarded(metadata))
+                seen = _seen(metadata)
+                context = Call(method, deadline, seen[1], self._caller, seen[2])
             else:
                 context = Call(method, deadline, _EMPTY, self._caller)
             if isinstance(handler, StagedStream):
@@ -218,7 +174,7 @@ class BoundedStream:
         if self._timer is None:
             self._timer = loop.call_at(self._deadline, self._expire)
         try:
-            result = yield from _carried(work, pending)
+            result = yield from carried(work, pending)
         except asyncio.CancelledError as error:
             self._rest()
             self._end(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import grpc
@@ -12,10 +13,11 @@ from google.rpc import status_pb2
 from services.runtime.admission import Admission
 from services.runtime.authentication import Authenticator, check
 from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Call, Caller
+from services.runtime.deadlines import bounded
 from services.runtime.dispatch import Method, Table
 from services.runtime.errors import Failure, Reason
 from services.runtime.frames import FIRST_CREDITS, LINK_SERVICE, MAX_OUTBOX_BYTES, Outbox
-from services.runtime.inproc import BoundedStream, bounded
+from services.runtime.inproc import BoundedStream
 from services.runtime.interceptors import Log
 from services.runtime.status import status_from_failure
 from sluice.link.v1 import link_service_pb2
@@ -27,7 +29,11 @@ _STATUS_OK: Final = status_pb2.Status()
 class LinkServer:
     """Serves a method table (whose handlers take serialised requests) over links."""
 
-    def __init__(self, table: Table, authenticator: Authenticator, admission: Admission, *, log: Log) -> None:
+    def __init__(
+        self, table: Table, authenticator: Authenticator, admission: Admission, *, barrier: Callable[[], None], log: Log
+    ) -> None:
+        """`barrier` is called before frames are sent."""
+        self._barrier = barrier
         self._table = table
         self._authenticator = authenticator
         self._admission = admission
@@ -41,7 +47,7 @@ class LinkServer:
         caller = self._authenticator.caller(metadata)
         check(LINK_SERVICE, caller)
         await context.send_initial_metadata(())
-        session = _Session(self._table, self._admission, caller, self._log)
+        session = _Session(self._table, self._admission, caller, self._barrier, self._log)
         session.draining = self._draining
         self._sessions.add(session)
         try:
@@ -65,7 +71,8 @@ class LinkServer:
 class _Session:
     """One link, seen from the serving side."""
 
-    def __init__(self, table: Table, admission: Admission, caller: Caller, log: Log) -> None:
+    def __init__(self, table: Table, admission: Admission, caller: Caller, barrier: Callable[[], None], log: Log) -> None:
+        self._barrier = barrier
         self._log = log
         self._table = table
         self._admission = admission
@@ -90,7 +97,12 @@ class _Session:
     async def run(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Until the other side ends the link, it breaks, or `close`."""
         reader = asyncio.create_task(self._read(context))
-        writer = asyncio.create_task(self._outbox.write_to(context.write))
+
+        def write(frames: Any) -> Awaitable[None]:
+            self._barrier()
+            return context.write(frames)
+
+        writer = asyncio.create_task(self._outbox.write_to(write))
         try:
             await asyncio.wait((reader, writer, self._closed), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -158,7 +170,7 @@ class _Session:
         handler = method.unary
         assert handler is not None
         try:
-            reply = (await bounded(handler(data, call), call.deadline, call.method)).SerializeToString()
+            reply = (await handler(data, call)).SerializeToString()
         except Failure as failure:
             self._end(call_id, failure)
         # A message boundary: the chain lets out nothing but Failure, so this is an answer that can't be serialised.

@@ -72,16 +72,16 @@ class Gauge:
 class Histogram:
     """Counts of observations in buckets, and their sum."""
 
-    __slots__ = ("_bounds", "counts", "total")
+    __slots__ = ("bounds", "counts", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = list(bounds)
+        self.bounds = list(bounds)
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
     def observe(self, value: float) -> None:
         """Counts one observation."""
-        index = bisect_left(self._bounds, value)
+        index = bisect_left(self.bounds, value)
         self.counts[index] += 1
         self.total += value
 
@@ -89,7 +89,7 @@ class Histogram:
         """Cumulative counts by upper bound, as Prometheus wants them."""
         rows = []
         seen = 0
-        for bound, count in zip([*map(str, self._bounds), "+Inf"], list(self.counts), strict=True):
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], list(self.counts), strict=True):
             seen += count
             rows.append((bound, float(seen)))
         return rows

@@ -15,6 +15,7 @@ import grpc
 import nats
 from nats.aio.client import Client as NatsClient
 
+from services.runtime.barrier import Barrier
 from services.runtime.call import Caller, CallerKind
 from services.runtime.dispatch import Binding, Interceptor, Method, Table, build_table
 from services.runtime.errors import unavailable
@@ -71,6 +72,8 @@ class Process:
         self.metrics = Registry() if metrics is None else metrics
         self.redact = Redactor() if redact is None else redact
         self.telemetry = Telemetry(settings.otlp_endpoint, name, self.replica_id, settings.trace_ratio)
+        self.barrier = Barrier()
+        """To be passed before anything leaves the process."""
         self._methods: dict[str, Method] = {}
         self._table = Table(())
         self._served = set(hosts)

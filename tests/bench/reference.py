@@ -17,8 +17,10 @@ import uvloop
 
 from services.execution.adapters.http1 import Pool
 from services.execution.errors import AttemptFailed
+from services.execution.provider import ungated
 from services.gateway.edge.config import EdgeConfig
 from services.gateway.edge.http1 import Exchange, Listener
+from services.runtime.barrier import Barrier
 from services.runtime.errors import Failure
 
 _SECONDS: Final = 60.0
@@ -55,7 +57,7 @@ class Proxy:
 
     async def _whole(self, exchange: Exchange) -> None:
         try:
-            response = await self._pool.exchange(self._head, bytes(exchange.body), self._loop.time() + _SECONDS)
+            response = await self._pool.exchange(self._head, bytes(exchange.body), self._loop.time() + _SECONDS, ungated)
         except AttemptFailed as failed:
             exchange.respond(_BAD_GATEWAY, str(failed).encode())
             return
@@ -64,7 +66,7 @@ class Proxy:
     async def _stream(self, exchange: Exchange) -> None:
         deadline = self._loop.time() + _SECONDS
         try:
-            connection, response = await self._pool.open_stream(self._stream_head, bytes(exchange.body), deadline)
+            connection, response = await self._pool.open_stream(self._stream_head, bytes(exchange.body), deadline, ungated)
             exchange.open(_answer_head(response.status, response.headers))
             pieces = connection.pieces(_SECONDS, deadline)
             async with contextlib.aclosing(pieces):  # type: ignore[type-var]  # an async generator behind its iterator type
@@ -88,7 +90,7 @@ async def _serve(port: int, upstream: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     proxy = Proxy(upstream)
-    async with Listener(EdgeConfig(port=port), proxy).listening():
+    async with Listener(EdgeConfig(port=port), proxy, Barrier()).listening():
         await stopped.wait()
     proxy.close()
 

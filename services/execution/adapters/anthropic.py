@@ -13,7 +13,7 @@ from services.execution.adapters.http1 import Pool, beginning
 from services.execution.adapters.openai import MOST_KEPT, described_schema
 from services.execution.adapters.sse import EventCutter, data_of, events
 from services.execution.errors import AttemptFailed
-from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt
+from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt, ungated
 from services.runtime.errors import Reason
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, conversation_pb2
@@ -352,7 +352,9 @@ class AnthropicProvider:
     async def complete(self, prompt: Prompt) -> Completed:
         """See Provider."""
         body = orjson.dumps(request_of(prompt, streaming=False))
-        response = await self._pool.exchange(self._head("POST", "/v1/messages", "application/json"), body, prompt.deadline)
+        response = await self._pool.exchange(
+            self._head("POST", "/v1/messages", "application/json"), body, prompt.deadline, prompt.gate
+        )
         if response.status != 200:
             raise fault(response.status, response.headers, response.body, self._secret())
         try:
@@ -365,7 +367,7 @@ class AnthropicProvider:
         """See Provider."""
         body = orjson.dumps(request_of(prompt, streaming=True))
         head = self._head("POST", "/v1/messages", "text/event-stream")
-        connection, response = await self._pool.open_stream(head, body, prompt.deadline)
+        connection, response = await self._pool.open_stream(head, body, prompt.deadline, prompt.gate)
         pieces = connection.pieces(self._idle, prompt.deadline)
         formatted = _has_format_tool(prompt.conversation)
         # The tool that stands for a JSON format must not be seen by the caller: such streams are translated.
@@ -406,7 +408,7 @@ class AnthropicProvider:
 
     async def probe(self, deadline: float) -> None:
         """See Provider."""
-        response = await self._pool.exchange(self._head("GET", self._probe_path, "application/json"), b"", deadline)
+        response = await self._pool.exchange(self._head("GET", self._probe_path, "application/json"), b"", deadline, ungated)
         if response.status >= 400:
             raise fault(response.status, response.headers, b"", self._secret())
 

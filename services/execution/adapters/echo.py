@@ -177,6 +177,7 @@ class EchoProvider:
 
     async def complete(self, prompt: Prompt) -> Completed:
         """See Provider."""
+        prompt.gate()
         script = _Script(prompt.conversation, prompt.metadata)
         try:
             async with asyncio.timeout_at(prompt.deadline):
@@ -187,6 +188,7 @@ class EchoProvider:
 
     async def stream(self, prompt: Prompt) -> AsyncIterator[Any]:
         """See Provider."""
+        prompt.gate()
         script = _Script(prompt.conversation, prompt.metadata)
         try:
             async with asyncio.timeout_at(prompt.deadline):
@@ -210,6 +212,7 @@ class EchoProvider:
 
     async def embed(self, prompt: EmbeddingPrompt) -> Embedded:
         """See Provider. Unit vectors out of a hash: the same text has the same vector, other texts are far away."""
+        prompt.gate()
         size = prompt.dimensions or _DIMENSIONS
         if not 1 <= size <= _MOST_DIMENSIONS:
             raise _refused(f"dimensions must be 1 to {_MOST_DIMENSIONS}")

@@ -13,7 +13,7 @@ from services.execution.adapters.http1 import Pool, beginning
 from services.execution.adapters.openai import MOST_KEPT, described_schema
 from services.execution.adapters.sse import EventCutter, data_of, events
 from services.execution.errors import AttemptFailed
-from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt
+from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt, ungated
 from services.runtime.errors import Reason
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, conversation_pb2
@@ -284,7 +284,7 @@ class GeminiProvider:
     async def complete(self, prompt: Prompt) -> Completed:
         """See Provider."""
         head = self._head("POST", f"/v1beta/models/{prompt.upstream_model}:generateContent", "application/json")
-        response = await self._pool.exchange(head, orjson.dumps(request_of(prompt)), prompt.deadline)
+        response = await self._pool.exchange(head, orjson.dumps(request_of(prompt)), prompt.deadline, prompt.gate)
         if response.status != 200:
             raise fault(response.status, response.headers, response.body, self._secret())
         gathered = Gathered(prompt.model)
@@ -297,7 +297,9 @@ class GeminiProvider:
     async def stream(self, prompt: Prompt) -> AsyncIterator[Any]:
         """See Provider."""
         head = self._head("POST", f"/v1beta/models/{prompt.upstream_model}:streamGenerateContent?alt=sse", "text/event-stream")
-        connection, response = await self._pool.open_stream(head, orjson.dumps(request_of(prompt)), prompt.deadline)
+        connection, response = await self._pool.open_stream(
+            head, orjson.dumps(request_of(prompt)), prompt.deadline, prompt.gate
+        )
         pieces = connection.pieces(self._idle, prompt.deadline)
         gathered = Gathered(prompt.model)
         cutter = EventCutter()
@@ -329,7 +331,7 @@ class GeminiProvider:
                 one["outputDimensionality"] = prompt.dimensions
             requests.append(one)
         head = self._head("POST", f"/v1beta/models/{prompt.upstream_model}:batchEmbedContents", "application/json")
-        response = await self._pool.exchange(head, orjson.dumps({"requests": requests}), prompt.deadline)
+        response = await self._pool.exchange(head, orjson.dumps({"requests": requests}), prompt.deadline, prompt.gate)
         if response.status != 200:
             raise fault(response.status, response.headers, response.body, self._secret())
         try:
@@ -342,7 +344,7 @@ class GeminiProvider:
 
     async def probe(self, deadline: float) -> None:
         """See Provider."""
-        response = await self._pool.exchange(self._head("GET", self._probe_path, "application/json"), b"", deadline)
+        response = await self._pool.exchange(self._head("GET", self._probe_path, "application/json"), b"", deadline, ungated)
         if response.status >= 400:
             raise fault(response.status, response.headers, b"", self._secret())
 

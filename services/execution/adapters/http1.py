@@ -10,18 +10,22 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import httptools
 
 from services.execution.errors import AttemptFailed, ConnectionStale
-from services.runtime.errors import Reason
+from services.runtime.errors import Failure, Reason
 
 _MAX_HEADERS: Final = 64 * 1024
 _PAUSE_ABOVE: Final = 256 * 1024
 """Unread bytes of a streamed answer above which the socket is not read: a slow caller slows its provider, memory stays bounded."""
+
+
+Gate = Callable[[], None]
+"""Called right before the first byte of a request is sent; raises when none may be."""
 
 
 class Response:
@@ -55,7 +59,7 @@ class _Connection(asyncio.Protocol):
         self._parts: list[bytes] = []
         self._size = 0
         self._complete = False
-        self._error: AttemptFailed | None = None
+        self._error: Failure | None = None
         self._more: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._expires = 0.0
@@ -180,20 +184,26 @@ class _Connection(asyncio.Protocol):
         waiter = self._waiter = self._loop.create_future()
         return waiter
 
-    def send(self, request: bytes) -> None:
-        """Sends the request, if somebody still waits for its answer."""
+    def send(self, request: bytes, gate: Gate) -> None:
+        """Sends the request, if somebody still waits for its answer and the gate is open."""
         waiter = self._waiter
-        if self.transport is not None and not self.closed and waiter is not None and not waiter.done():
+        if self.transport is None or self.closed or waiter is None or waiter.done():
+            return
+        try:
+            gate()
+        except Failure as failure:
+            self._fail(failure)
+        else:
             self.transport.write(request)
 
     def fail_unsent(self) -> None:
         """The request could not be sent: its caller is told so, and that nothing was read."""
         self._fail(AttemptFailed(Reason.PROVIDER_UNAVAILABLE, "the connection to the provider took no bytes"))
 
-    async def exchange(self, request: bytes, deadline: float) -> Response:
+    async def exchange(self, request: bytes, deadline: float, gate: Gate) -> Response:
         """One request and its whole answer."""
         waiter = self._begin(streaming=False)
-        self._pool.send_soon(self, request)
+        self._pool.send_soon(self, request, gate)
         self._limit(deadline)
         try:
             response = await waiter
@@ -207,10 +217,10 @@ class _Connection(asyncio.Protocol):
         self._pool.release(self, self._keep)
         return response
 
-    async def open_stream(self, request: bytes, deadline: float) -> Response:
+    async def open_stream(self, request: bytes, deadline: float, gate: Gate) -> Response:
         """One request and the head of its answer; the body follows by `pieces`."""
         waiter = self._begin(streaming=True)
-        self._pool.send_soon(self, request)
+        self._pool.send_soon(self, request, gate)
         self._limit(deadline)
         try:
             return await waiter
@@ -281,7 +291,7 @@ class _Connection(asyncio.Protocol):
     def _expire(self) -> None:
         self._fail(AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time", was_read=True))
 
-    def _fail(self, error: AttemptFailed) -> None:
+    def _fail(self, error: Failure) -> None:
         if self._error is None:
             self._error = error
         waiter = self._waiter
@@ -340,7 +350,7 @@ class Pool:
         self._idle: deque[_Connection] = deque()
         self._all: set[_Connection] = set()
         self._connecting = 0
-        self._unsent: list[tuple[_Connection, bytes]] = []
+        self._unsent: list[tuple[_Connection, bytes, Gate]] = []
         # A pool lives and ends with its loop; asking which one is running costs a system call.
         self._loop = asyncio.get_running_loop()
         self._now = self._loop.time
@@ -394,36 +404,36 @@ class Pool:
         self._all.add(connection)
         return connection
 
-    def exchange(self, head: bytes, body: bytes, deadline: float) -> Coroutine[Any, Any, Response]:
-        """One request and its whole answer. Raises AttemptFailed."""
+    def exchange(self, head: bytes, body: bytes, deadline: float, gate: Gate) -> Coroutine[Any, Any, Response]:
+        """One request and its whole answer. Raises AttemptFailed, and what `gate` raises, which is called before a byte is sent."""
         request = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
         idle = self._idle
         if idle and not idle[-1].closed and idle[-1].idle_since >= self._now() - self._keep_alive:
-            return idle.pop().exchange(request, deadline)
-        return self._exchange_anew(request, deadline)
+            return idle.pop().exchange(request, deadline, gate)
+        return self._exchange_anew(request, deadline, gate)
 
-    async def _exchange_anew(self, request: bytes, deadline: float) -> Response:
+    async def _exchange_anew(self, request: bytes, deadline: float, gate: Gate) -> Response:
         connection = await self.acquire()
-        return await connection.exchange(request, deadline)
+        return await connection.exchange(request, deadline, gate)
 
-    async def open_stream(self, head: bytes, body: bytes, deadline: float) -> tuple[_Connection, Response]:
-        """One request and the head of its answer. Raises AttemptFailed."""
+    async def open_stream(self, head: bytes, body: bytes, deadline: float, gate: Gate) -> tuple[_Connection, Response]:
+        """One request and the head of its answer. Raises as `exchange`."""
         connection = await self.acquire()
         request = b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
-        return connection, await connection.open_stream(request, deadline)
+        return connection, await connection.open_stream(request, deadline, gate)
 
-    def send_soon(self, connection: _Connection, request: bytes) -> None:
+    def send_soon(self, connection: _Connection, request: bytes, gate: Gate) -> None:
         """Sends at the end of this turn of the loop, together with the other requests of it: a provider on this machine, or a proxy
         before it, that is woken for each of them costs more than they do."""
         if not self._unsent:
             self._loop.call_soon(self._send)
-        self._unsent.append((connection, request))
+        self._unsent.append((connection, request, gate))
 
     def _send(self) -> None:
         unsent, self._unsent = self._unsent, []
-        for connection, request in unsent:
+        for connection, request, gate in unsent:
             try:
-                connection.send(request)
+                connection.send(request, gate)
             # A transport that refuses its bytes must not keep the requests of others.
             except Exception:  # noqa: BLE001
                 connection.fail_unsent()

@@ -12,7 +12,7 @@ from services.execution.adapters.faults import fault, json_of, malformed, stream
 from services.execution.adapters.http1 import Pool, beginning
 from services.execution.adapters.sse import EventCutter, data_of, events
 from services.execution.errors import AttemptFailed
-from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt
+from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt, ungated
 from services.runtime.errors import Reason
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, conversation_pb2
@@ -393,7 +393,9 @@ class OpenAIProvider:
     async def complete(self, prompt: Prompt) -> Completed:
         """See Provider."""
         body = orjson.dumps(request_of(prompt, streaming=False, limit_field=self._limit_field))
-        response = await self._pool.exchange(self._head("/chat/completions", "application/json"), body, prompt.deadline)
+        response = await self._pool.exchange(
+            self._head("/chat/completions", "application/json"), body, prompt.deadline, prompt.gate
+        )
         if response.status != 200:
             raise fault(response.status, response.headers, response.body, self._secret())
         try:
@@ -407,7 +409,7 @@ class OpenAIProvider:
         body = orjson.dumps(request_of(prompt, streaming=True, limit_field=self._limit_field))
         head = self._head("/chat/completions", "text/event-stream")
         # The first byte of a stream has its own limit within the caller's deadline, which `open_stream` and `pieces` keep.
-        connection, response = await self._pool.open_stream(head, body, prompt.deadline)
+        connection, response = await self._pool.open_stream(head, body, prompt.deadline, prompt.gate)
         pieces = connection.pieces(self._idle, prompt.deadline, keep=self._keep_streams)
         try:
             if response.status != 200:
@@ -429,7 +431,7 @@ class OpenAIProvider:
         if prompt.end_user_hash:
             request["user"] = prompt.end_user_hash
         response = await self._pool.exchange(
-            self._head("/embeddings", "application/json"), orjson.dumps(request), prompt.deadline
+            self._head("/embeddings", "application/json"), orjson.dumps(request), prompt.deadline, prompt.gate
         )
         if response.status != 200:
             raise fault(response.status, response.headers, response.body, self._secret())
@@ -451,7 +453,7 @@ class OpenAIProvider:
         headers = {"accept": "application/json", "user-agent": "sluice/0.1", **self._headers}
         if secret := self._secret():
             headers["authorization"] = f"Bearer {secret}"
-        response = await self._pool.exchange(self._pool.head("GET", self._probe_path, headers), b"", deadline)
+        response = await self._pool.exchange(self._pool.head("GET", self._probe_path, headers), b"", deadline, ungated)
         if response.status >= 400:
             raise fault(response.status, response.headers, b"", self._secret())
 

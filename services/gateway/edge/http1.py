@@ -14,7 +14,7 @@ import contextlib
 import enum
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from email.utils import formatdate
 from typing import Any, Final, Protocol, cast
 
@@ -196,8 +196,8 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_admitted", "_advancing", "_body", "_config", "_continue", "_current", "_deadline", "_header_bytes", "_header_count", "_headers",
-        "_is_old", "_keep_alive", "_loop", "_parser", "_queue", "_reading", "_refusal", "_size", "_spare", "_stage", "_stalled_since",
-        "_stalled_size", "_target", "_timed", "_transport", "_unsent", "_unsent_size", "_waiter", "_wire", "_write", "is_stalled", "listener", "memory",
+        "_is_old", "_keep_alive", "_parser", "_queue", "_reading", "_refusal", "_size", "_spare", "_stage", "_stalled_since",
+        "_stalled_size", "_target", "_timed", "_transport", "_unsent", "_unsent_size", "_waiter", "_wire", "_write", "is_stalled", "listener", "loop", "memory",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
@@ -205,7 +205,7 @@ class Connection(asyncio.Protocol):
         self.memory: Any = None
         """What the application remembers from one request to the next."""
         self._config = listener.config
-        self._loop = loop
+        self.loop = loop
         self._parser = httptools.HttpRequestParser(self)
         self._queue: deque[Exchange] = deque()
         self._current: Exchange | None = None
@@ -242,7 +242,7 @@ class Connection(asyncio.Protocol):
         self._write = self._transport.write
         self._transport.set_write_buffer_limits(high=self._config.write_buffer_bytes)
         # Until its first request a connection has only as long as headers may take: silence costs the client nothing.
-        self._deadline = self._loop.time() + self._config.header_timeout
+        self._deadline = self.loop.time() + self._config.header_timeout
         self._admitted = self.listener.admit(self)
         if not self._admitted:
             self._refuse(EdgeError(Reason.OVERLOADED, "too many connections are open; try again soon", retry_delay=1.0))
@@ -268,7 +268,7 @@ class Connection(asyncio.Protocol):
         if self._timed is not stage:
             self._timed = stage
             limit = self._config.header_timeout if stage is _HEAD else self._config.body_timeout
-            self._deadline = self._loop.time() + limit
+            self._deadline = self.loop.time() + limit
         if self._continue:
             self._invite()
 
@@ -296,7 +296,7 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.is_stalled = True
-        self._stalled_since = self._loop.time()
+        self._stalled_since = self.loop.time()
         self._stalled_size = self._transport.get_write_buffer_size()
 
     def resume_writing(self) -> None:
@@ -305,7 +305,7 @@ class Connection(asyncio.Protocol):
             self._waiter.set_result(None)
         self._waiter = None
         if self._stage is _LINGER:
-            self._deadline = max(self._deadline, self._loop.time() + self._config.write_timeout)
+            self._deadline = max(self._deadline, self.loop.time() + self._config.write_timeout)
         if self._current is None:
             self._advance()
             if self._current is None:
@@ -447,7 +447,12 @@ class Connection(asyncio.Protocol):
             self.flush()
 
     def flush(self) -> None:
-        """Hands what was written in this turn of the loop to the socket."""
+        """Sends what was written in this turn of the loop now."""
+        self.listener.barrier()
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Hands what was written to the socket. For the listener, which has passed the barrier."""
         unsent = self._unsent
         if unsent:
             self._unsent = []
@@ -460,7 +465,7 @@ class Connection(asyncio.Protocol):
     async def writable(self) -> None:
         """Returns when the write buffer is below its low mark."""
         if self.is_stalled:
-            waiter = self._waiter = self._loop.create_future()
+            waiter = self._waiter = self.loop.create_future()
             await waiter
 
     def advance_after(self, exchange: Exchange) -> None:
@@ -556,7 +561,7 @@ class Connection(asyncio.Protocol):
         config = self._config
         if stage is not _LINGER:
             limit = config.idle_timeout if stage is _IDLE else config.header_timeout if stage is _HEAD else config.body_timeout
-            self._deadline = self._loop.time() + limit
+            self._deadline = self.loop.time() + limit
             if self._continue:
                 self._invite()
 
@@ -674,7 +679,7 @@ class Connection(asyncio.Protocol):
             self._resume()
         self.flush()
         unsent = self._transport.get_write_buffer_size()
-        self._deadline = self._loop.time() + (self._config.write_timeout if unsent else self._config.linger_timeout)
+        self._deadline = self.loop.time() + (self._config.write_timeout if unsent else self._config.linger_timeout)
         if not self._transport.is_closing() and self._transport.can_write_eof():
             self._transport.write_eof()
 
@@ -683,7 +688,7 @@ class Connection(asyncio.Protocol):
         self._stage = _LINGER
         self._drop_body()
         self._reading = True
-        self._deadline = self._loop.time() + self._config.write_timeout
+        self._deadline = self.loop.time() + self._config.write_timeout
         self.flush()
         self._transport.close()
 
@@ -703,7 +708,9 @@ class Connection(asyncio.Protocol):
 class Listener:
     """A listening socket and its connections."""
 
-    def __init__(self, config: EdgeConfig, application: Application) -> None:
+    def __init__(self, config: EdgeConfig, application: Application, barrier: Callable[[], None]) -> None:
+        """`barrier` is called before bytes are handed to a socket."""
+        self.barrier = barrier
         self.config = config
         self.application = application
         self.draining = False
@@ -750,14 +757,15 @@ class Listener:
         on a virtual machine take longer than the answers; of thirty sent in a row it sleeps through none.
         """
         if not self._unsent:
-            asyncio.get_running_loop().call_soon(self._flush)
+            connection.loop.call_soon(self._flush)
         self._unsent.append(connection)
 
     def _flush(self) -> None:
         connections, self._unsent = self._unsent, []
+        self.barrier()
         for connection in connections:
             try:
-                connection.flush()
+                connection.hand_over()
             # A transport that refuses its bytes must not keep the answers of others.
             except Exception:  # noqa: BLE001
                 connection.abort()

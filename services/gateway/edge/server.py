@@ -90,7 +90,7 @@ class Edge:
         self._prefix = f"req-{secrets.token_hex(6)}-"
         self._numbers = itertools.count(1)
         self._refused = process.metrics.counter("edge_refused", "Requests refused before they reached the core.", ("reason",))
-        self.listener = Listener(config, self)
+        self.listener = Listener(config, self, process.barrier)
         self.url = ""
         self._routes: dict[bytes, tuple[bytes, Dialect, Handler]] = {
             b"/v1/chat/completions": (b"POST", Dialect.OPENAI, self._chat),

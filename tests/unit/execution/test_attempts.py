@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,7 +54,7 @@ async def run(made: World, *providers: str, streaming: bool, **fields: Any) -> t
         operation = made.stream(*providers, **fields)
         pieces = await operation.open_stream()
         opened = await anext(pieces)
-        assert opened.attempt_id == f"op/{operation._number}"
+        assert opened.attempt_id == f"{operation.id}/{operation._number}"
         got = await heard(pieces)
         return operation, got.answer
     operation = made.operation(*providers, **fields)
@@ -420,6 +421,49 @@ async def test_nothing_is_sent_when_it_can_t_be_recorded(tmp_path: Path, streami
         assert all(target.breaker.in_flight == 0 for target in made.targets)
 
 
+async def test_nothing_is_sent_when_the_disk_does_not_take_the_record(
+    tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, a=answering(streaming)) as made:
+        await run(made, "a", streaming=streaming)
+
+        def full(descriptor: int, data: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        # With a kept connection and with a new one.
+        for _ in range(2):
+            monkeypatch.setattr(os, "write", full)
+            with pytest.raises(SpoolFull):
+                await run(made, "a", streaming=streaming, operation_id="refused")
+            monkeypatch.undo()
+        assert made.asked("a") == 1
+        assert all(target.breaker.in_flight == 0 for target in made.targets)
+        await run(made, "a", streaming=streaming, operation_id="after")
+        assert [record.operation_id for record in await made.settled()] == ["op", "after"]
+
+
+async def test_who_leaves_before_the_request_is_sent_pays_nothing(tmp_path: Path, streaming: bool) -> None:
+    count = {"token_count": 11}
+    async with world(tmp_path, a=answering(streaming)) as made:
+        await run(made, "a", streaming=streaming, input_count=count)
+        leaving = asyncio.create_task(run(made, "a", streaming=streaming, input_count=count, operation_id="leaving"))
+        # It has asked the kept connection to send, which it does at the end of this turn.
+        await asyncio.sleep(0)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert made.asked("a") == 1
+        made.servers["a"].plays(hangs)
+        caught = asyncio.create_task(run(made, "a", streaming=streaming, input_count=count, operation_id="caught"))
+        async with asyncio.timeout(PATIENCE):
+            while made.asked("a") < 2:
+                await asyncio.sleep(0.001)
+        caught.cancel()
+        await asyncio.gather(caught, return_exceptions=True)
+        costs = {record.operation_id: (record.cost_nano_usd, record.outcome) for record in await made.settled()}
+    assert costs["leaving"] == (0, receipt_pb2.ATTEMPT_OUTCOME_CANCELLED)
+    assert costs["caught"] == (11 * 1000, receipt_pb2.ATTEMPT_OUTCOME_CANCELLED)
+
+
 async def test_usage_that_is_not_reported_is_estimated_on_the_high_side(tmp_path: Path, streaming: bool) -> None:
     content = "日本語のテキスト" * 10
     whole = {"id": "x", "choices": [{"message": {"content": content}, "finish_reason": "stop"}]}
@@ -534,7 +578,7 @@ async def test_the_start_of_an_attempt_says_what_a_crash_may_cost(tmp_path: Path
     async with world(tmp_path, a=hangs) as made:
         operation = made.operation("a")
         operation.input_count = 11
-        begun = await operation._begin(operation.candidates[0])
+        begun = operation._begin(operation.candidates[0])
         assert begun is not None
         record = lost(begun[1].record)
         assert (record.cost_nano_usd, record.price_version) == (11_000, "p1")

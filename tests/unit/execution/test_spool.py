@@ -17,6 +17,7 @@ import pytest
 from services.execution.attempts import lost
 from services.execution.errors import SpoolFull
 from services.execution.spool import Spool
+from services.runtime.barrier import Barrier
 from services.runtime.errors import Failure, Reason, unavailable
 from sluice.inference.v1 import receipt_pb2
 from sluice.metering.v1 import metering_service_pb2
@@ -44,13 +45,16 @@ async def main():
     number = 0
     while True:
         number += 1
-        await spool.begin(settlement(f"open/{number}"))
+        spool.begin(settlement(f"open/{number}"))()
         for part in range(3):
-            await spool.begin(settlement(f"done/{number}/{part}"))
+            spool.begin(settlement(f"done/{number}/{part}"))()
             spool.settle(settlement(f"done/{number}/{part}", outcome=1, cost=7))
         # The same by groups: those of one turn of the loop share a write.
-        await asyncio.gather(*(spool.begin(settlement(f"done/{number}/{part}")) for part in range(3, 6)))
-        await asyncio.gather(*(spool.end(settlement(f"done/{number}/{part}", outcome=1, cost=7)) for part in range(3, 6)))
+        for gate in [spool.begin(settlement(f"done/{number}/{part}")) for part in range(3, 6)]:
+            gate()
+        for part in range(3, 6):
+            spool.end(settlement(f"done/{number}/{part}", outcome=1, cost=7))
+        spool.write()
         sys.stdout.write(f"{number}\\n")
         sys.stdout.flush()
         await asyncio.sleep(0)
@@ -163,9 +167,9 @@ async def test_a_settlement_is_on_disk_before_settle_returns(tmp_path: Path) -> 
     ledger = Ledger()
     spool = spool_at(tmp_path / "one", ledger)
     spool.open(parse, lost)
-    await spool.begin(settlement("a"))
+    spool.begin(settlement("a"))()
     spool.settle(settlement("a", 1, 7))
-    await spool.begin(settlement("b"))
+    spool.begin(settlement("b"))()
     [path] = files(tmp_path / "one")
     # As it would be found if the process died now.
     (tmp_path / "two").mkdir()
@@ -185,7 +189,7 @@ async def test_a_torn_tail_is_ignored_at_every_length(tmp_path: Path) -> None:
     spool = spool_at(tmp_path / "whole", Ledger())
     spool.open(parse, lost)
     for name in "ab":
-        await spool.begin(settlement(name))
+        spool.begin(settlement(name))()
         spool.settle(settlement(name, 1, 7))
     [path] = files(tmp_path / "whole")
     raw = path.read_bytes()
@@ -237,7 +241,7 @@ async def test_a_ledger_that_is_away_gets_everything_once_when_it_is_back(tmp_pa
     spool.open(parse, lost)
     task = asyncio.create_task(spool.run())
     for number in range(1200):
-        await spool.begin(settlement(str(number)))
+        spool.begin(settlement(str(number)))()
         spool.settle(settlement(str(number), 1, 7))
     async with asyncio.timeout(PATIENCE):
         await ledger.refused.wait()
@@ -259,10 +263,10 @@ async def test_a_file_with_an_open_attempt_is_kept(tmp_path: Path) -> None:
     ledger = Ledger()
     spool = spool_at(tmp_path, ledger, segment_bytes=4096)
     spool.open(parse, lost)
-    await spool.begin(settlement("long"))
+    spool.begin(settlement("long"))()
     first = files(tmp_path)[0]
     for number in range(200):
-        await spool.begin(settlement(str(number)))
+        spool.begin(settlement(str(number)))()
         spool.settle(settlement(str(number), 1))
     await drained(spool)
     assert first.exists()
@@ -280,7 +284,7 @@ async def test_beyond_its_limit_no_attempt_begins_and_posting_makes_room(tmp_pat
     number = 0
     with pytest.raises(SpoolFull) as caught:
         while number < 10_000:
-            await spool.begin(settlement(str(number)))
+            spool.begin(settlement(str(number)))()
             spool.settle(settlement(str(number), 1))
             number += 1
     assert 100 < number < 10_000
@@ -290,7 +294,7 @@ async def test_beyond_its_limit_no_attempt_begins_and_posting_makes_room(tmp_pat
     spool.settle(settlement("late", 1))
     await drained(spool)
     assert ledger.ids() == Counter({**{str(one): 1 for one in range(number)}, "late": 1})
-    await spool.begin(settlement("next"))
+    spool.begin(settlement("next"))()
     spool.close()
 
 
@@ -310,16 +314,16 @@ async def main():
     """A file-size limit stands for a full disk: the kernel writes a part of the record, as it does there."""
     spool = Spool(Path(sys.argv[1]), post, group_seconds=0.001, segment_bytes=1 << 20, most_bytes=1 << 24)
     spool.open(parse, lost)
-    await spool.begin(settlement("before"))
+    spool.begin(settlement("before"))()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        await spool.begin(settlement("refused"))
+        spool.begin(settlement("refused"))()
     except SpoolFull:
         print("full", flush=True)
     spool.settle(settlement("unwritten", 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    await spool.begin(settlement("after"))
+    spool.begin(settlement("after"))()
     spool.settle(settlement("after", 1))
     print("ready", flush=True)
     await asyncio.sleep(60)
@@ -378,7 +382,7 @@ async def test_a_lost_attempt_is_the_platforms(tmp_path: Path) -> None:
     assert isinstance(SpoolFull(), Failure)
 
 
-async def test_those_of_one_turn_share_a_write_and_are_on_disk_when_they_return(
+async def test_those_of_one_turn_share_a_write_that_is_done_before_a_gate_opens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spool = spool_at(tmp_path, Ledger())
@@ -391,48 +395,78 @@ async def test_those_of_one_turn_share_a_write_and_are_on_disk_when_they_return(
         return write(descriptor, data)
 
     monkeypatch.setattr(os, "write", counted)
-    await asyncio.gather(*(spool.begin(settlement(str(number))) for number in range(10)))
-    await asyncio.gather(*(spool.end(settlement(str(number), 1, 7)) for number in range(10)))
+    gates = [spool.begin(settlement(str(number))) for number in range(10)]
+    assert not writes
+    assert not any(gate.passed for gate in gates)
+    gates[3]()
+    assert len(writes) == 1
+    assert [gate.passed for gate in gates] == [number == 3 for number in range(10)]
+    for gate in gates:
+        gate()
+    assert len(writes) == 1
+    assert all(gate.passed for gate in gates)
+    for number in range(10):
+        spool.end(settlement(str(number), 1, 7))
+    # Nobody sends: the end of the turn writes them.
+    await asyncio.sleep(0)
     assert len(writes) == 2
     assert sum(path.stat().st_size for path in files(tmp_path)) == sum(writes)
     assert spool.backlog == 10
     spool.close()
 
 
-async def test_who_is_cancelled_takes_nobody_along(tmp_path: Path) -> None:
+async def test_the_barrier_writes_what_ended(tmp_path: Path) -> None:
     spool = spool_at(tmp_path, Ledger())
     spool.open(parse, lost)
-
-    async def begin(name: str) -> None:
-        await spool.begin(settlement(name))
-
-    leaving, staying = (asyncio.create_task(begin(name)) for name in ("leaving", "staying"))
-    await asyncio.sleep(0)
-    leaving.cancel()
-    await staying
-    with pytest.raises(asyncio.CancelledError):
-        await leaving
-    spool.settle(settlement("leaving", 1))
-    await spool.end(settlement("staying", 1))
-    assert spool.backlog == 2
+    barrier = Barrier()
+    barrier()
+    barrier.add(spool.write)
+    spool.begin(settlement("a"))()
+    spool.end(settlement("a", 1, 7))
+    assert spool.backlog == 0
+    size = files(tmp_path)[0].stat().st_size
+    barrier()
+    assert spool.backlog == 1
+    assert files(tmp_path)[0].stat().st_size > size
     spool.close()
+
+
+async def test_a_start_stands_before_its_settlement_though_no_gate_was_passed(tmp_path: Path) -> None:
+    ledger = Ledger()
+    spool = spool_at(tmp_path / "one", ledger)
+    spool.open(parse, lost)
+    gate = spool.begin(settlement("a"))
+    spool.settle(settlement("a", 1, 7))
+    assert not gate.passed
+    [path] = files(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / path.name).write_bytes(path.read_bytes())
+    # Behind it, a start would be an attempt that never ended.
+    second = spool_at(tmp_path / "two", ledger)
+    assert second.open(parse, lost) == 0
+    assert second.backlog == 1
+    second.close()
+    await drained(spool)
+    spool.close()
+    assert files(tmp_path / "one") == []
 
 
 async def test_a_full_spool_refuses_what_begins_and_keeps_what_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger()
     spool = spool_at(tmp_path, ledger)
     spool.open(parse, lost)
-    await spool.begin(settlement("running"))
+    spool.begin(settlement("running"))()
 
     def full(descriptor: int, data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    refused, ended = await asyncio.gather(
-        spool.begin(settlement("refused")), spool.end(settlement("running", 1, 7)), return_exceptions=True
-    )
-    assert isinstance(refused, SpoolFull)
-    assert ended is None
+    refused = spool.begin(settlement("refused"))
+    spool.end(settlement("running", 1, 7))
+    for _ in range(2):
+        with pytest.raises(SpoolFull):
+            refused()
+    assert not refused.passed
     monkeypatch.undo()
     await drained(spool)
     assert ledger.ids() == {"running": 1}

@@ -27,6 +27,7 @@ from services.runtime.call import Call, Caller, CallerKind
 from services.runtime.dispatch import Binding, Table, build_table
 from services.runtime.errors import Failure, Reason, unavailable
 from services.runtime.inproc import InprocChannel
+from services.runtime.interceptors import inner_chain
 from services.runtime.metrics import Registry
 from sluice.caching.v1 import caching_service_pb2
 from sluice.caching.v1.caching_service_pb2_grpc import CachingServiceStub
@@ -39,6 +40,7 @@ from sluice.routing.v1 import routing_service_pb2
 from sluice.routing.v1.routing_service_pb2_grpc import RoutingServiceStub
 from sluice.tokenization.v1 import tokenization_service_pb2
 from sluice.tokenization.v1.tokenization_service_pb2_grpc import TokenizationServiceStub
+from tests.unit.runtime.fakes import Lines
 
 SECRET = "sk-sluice-test"
 PRINCIPAL = Principal("acme", "default", "key-1", ("inference", "jobs", "usage"), (), "", None)
@@ -463,7 +465,8 @@ class World:
             (self.tokenization, tokenization_service_pb2.DESCRIPTOR, "TokenizationService"),
         ]
         return build_table(
-            [Binding(servicer, descriptor.services_by_name[name]) for servicer, descriptor, name in services], ()
+            [Binding(servicer, descriptor.services_by_name[name]) for servicer, descriptor, name in services],
+            inner_chain(log=Lines(), registry=Registry(), slow_seconds=60.0),
         )
 
     def soon(self, seconds: float = 5.0) -> float:

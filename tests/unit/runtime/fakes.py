@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import grpc
 
 from services.runtime.admission import Admission
 from services.runtime.authentication import Authenticator
+from services.runtime.barrier import Barrier
 from services.runtime.call import Call, Caller, CallerKind
 from services.runtime.channels import open_channel
 from services.runtime.dispatch import Binding, build_table
@@ -65,6 +66,9 @@ class Lines:
 
     def events(self, level: str) -> list[str]:
         return [event for got, event, _ in self.lines if got == level]
+
+
+NO_BARRIER = Barrier()
 
 
 @dataclass
@@ -190,7 +194,12 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def serve(
-    settings: MeshSettings = SETTINGS, *, port: int = 0, serving: bool = True, limit: int = 1000
+    settings: MeshSettings = SETTINGS,
+    *,
+    port: int = 0,
+    serving: bool = True,
+    limit: int = 1000,
+    barrier: Callable[[], None] = NO_BARRIER,
 ) -> AsyncIterator[Running]:
     """A gRPC server with the scripted service."""
     script, log, registry = Script(), Lines(), Registry()
@@ -198,7 +207,9 @@ async def serve(
     chain = border_chain(log=log, registry=registry, authenticator=authenticator, slow_seconds=5.0)
     table = build_table(bindings(script), chain)
     names = ("tokenization", TOKENIZATION, JOBS)
-    server = GrpcServer(settings, table, names, authenticator=authenticator, admission=Admission(limit), log=log)
+    server = GrpcServer(
+        settings, table, names, authenticator=authenticator, admission=Admission(limit), barrier=barrier, log=log
+    )
     address = await server.start(port)
     await server.set_serving(serving)
     try:
@@ -263,13 +274,13 @@ class Transport:
 
 
 @contextlib.asynccontextmanager
-async def transport(name: str) -> AsyncIterator[Transport]:
+async def transport(name: str, barrier: Callable[[], None] = NO_BARRIER) -> AsyncIterator[Transport]:
     """`inproc`, `link` or `grpc`."""
     if name == "inproc":
         script, log, registry = Script(), Lines(), Registry()
         yield Transport(name, cast(Any, inproc(script, log, registry)), script, log, registry)
         return
-    async with serve() as running:
+    async with serve(barrier=barrier) as running:
         if name == "link":
             async with link(running.address, running.log) as channel:
                 yield Transport(name, cast(Any, channel), running.script, running.log, running.registry)

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from services.runtime.call import ANONYMOUS
+from services.runtime.deadlines import bounded
 from services.runtime.dispatch import Kind, Method, Table
 from services.runtime.errors import Failure, Reason
-from services.runtime.inproc import InprocChannel, bounded
+from services.runtime.inproc import InprocChannel
 from services.runtime.metrics import Registry
 from sluice.tokenization.v1 import tokenization_service_pb2
 from sluice.tokenization.v1.tokenization_service_pb2 import CountTextsRequest

@@ -39,6 +39,28 @@ async def test_a_unary_call_answers(over: Transport) -> None:
     assert len(reply.counts) == 2
 
 
+@pytest.mark.parametrize("name", ["link", "grpc"])
+async def test_every_reply_passes_the_barrier_before_it_is_sent(name: str) -> None:
+    passed: list[tuple[int, int]] = []
+    async with transport(name, lambda: passed.append((len(made.script.calls), made.script.produced))) as made:
+        for number in range(1, 4):
+            passed.clear()
+            await tokens(made).CountTexts(CountTextsRequest(model="x"), timeout=5)
+            assert passed[-1] == (number, 0)
+        passed.clear()
+        with pytest.raises(Failure):
+            await tokens(made).CountTexts(CountTextsRequest(model="budget"), timeout=5)
+        assert passed[-1] == (4, 0)
+        passed.clear()
+        stream = jobs(made).WatchJob(WatchJobRequest(job_id="3:hang"), timeout=5)
+        async with contextlib.aclosing(stream):
+            async for _ in stream:
+                assert passed[-1][1] > 0
+                if made.script.produced == 3:
+                    break
+        assert passed
+
+
 async def test_the_callee_sees_caller_deadline_and_metadata(over: Transport) -> None:
     loop = asyncio.get_running_loop()
     forward = (("x-request-id", "r-1"), ("traceparent", "00-" + "1" * 32 + "-" + "2" * 16 + "-01"))

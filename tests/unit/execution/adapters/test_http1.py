@@ -12,6 +12,7 @@ import uvloop
 
 from services.execution.adapters.http1 import Pool, Response
 from services.execution.errors import AttemptFailed, ConnectionStale
+from services.execution.provider import ungated
 from services.runtime.errors import Reason
 from tests.unit.execution.upstream import (
     PATIENCE,
@@ -35,11 +36,11 @@ def later(seconds: float = PATIENCE) -> float:
 
 
 async def ask(pool: Pool, body: bytes = b"{}", seconds: float = PATIENCE) -> Response:
-    return await pool.exchange(pool.head("POST", "/x", {"accept": "a/b"}), body, later(seconds))
+    return await pool.exchange(pool.head("POST", "/x", {"accept": "a/b"}), body, later(seconds), ungated)
 
 
 async def read(pool: Pool, *, idle: float = PATIENCE, seconds: float = PATIENCE) -> tuple[Response, bytes]:
-    connection, response = await pool.open_stream(pool.head("POST", "/x", {}), b"{}", later(seconds))
+    connection, response = await pool.open_stream(pool.head("POST", "/x", {}), b"{}", later(seconds), ungated)
     return response, b"".join([piece async for piece in connection.pieces(idle, later(seconds))])
 
 
@@ -246,7 +247,7 @@ async def test_an_early_end_is_no_answer(head: bytes) -> None:
 
 async def test_what_came_before_a_stream_broke_is_still_read() -> None:
     async with upstream(chunked([b"one", b"two"], ends=False)) as server, pool_to(server.url) as pool:
-        connection, _ = await pool.open_stream(pool.head("POST", "/x", {}), b"", later())
+        connection, _ = await pool.open_stream(pool.head("POST", "/x", {}), b"", later(), ungated)
         await ended(server, 0)
         got = b""
         with pytest.raises(AttemptFailed):
@@ -397,7 +398,7 @@ async def test_leaving_a_stream_closes_the_providers_socket(leaving: str) -> Non
     first = asyncio.Event()
 
     async def follow(pool: Pool) -> None:
-        connection, _ = await pool.open_stream(pool.head("POST", "/x", {}), b"", later())
+        connection, _ = await pool.open_stream(pool.head("POST", "/x", {}), b"", later(), ungated)
         async with contextlib.aclosing(connection.pieces(PATIENCE, later())) as pieces:  # type: ignore[type-var]  # a generator
             async for _ in pieces:
                 first.set()
@@ -437,7 +438,7 @@ async def test_a_reader_that_does_not_read_stops_the_provider() -> None:
             await exchange.send(b"0\r\n\r\n")
 
     async with upstream(floods) as server, pool_to(server.url) as pool:
-        connection, _ = await pool.open_stream(pool.head("POST", "/x", {}), b"", later())
+        connection, _ = await pool.open_stream(pool.head("POST", "/x", {}), b"", later(), ungated)
         async with asyncio.timeout(PATIENCE):
             await blocked.wait()
         assert sent < 64 * 1024 * 1024

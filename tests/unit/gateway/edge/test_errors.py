@@ -29,6 +29,7 @@ from services.gateway.edge.errors import (
 )
 from services.gateway.edge.http1 import Exchange, Listener
 from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
+from services.runtime.barrier import Barrier
 from services.runtime.errors import Failure, Reason, invalid
 
 _PROTO = Path(__file__).parents[4] / "protos/sluice/errors/v1/error_reason.proto"
@@ -75,7 +76,7 @@ class Refuser:
 
 @contextlib.asynccontextmanager
 async def openai_sdk(refuser: Refuser, *, max_retries: int = 0) -> AsyncIterator[openai.AsyncOpenAI]:
-    listener = Listener(EdgeConfig(port=0), refuser)
+    listener = Listener(EdgeConfig(port=0), refuser, Barrier())
     async with (
         listener.listening(),
         openai.AsyncOpenAI(api_key="k", base_url=f"http://127.0.0.1:{listener.port}/v1", max_retries=max_retries) as client,
@@ -85,7 +86,7 @@ async def openai_sdk(refuser: Refuser, *, max_retries: int = 0) -> AsyncIterator
 
 @contextlib.asynccontextmanager
 async def anthropic_sdk(refuser: Refuser, *, max_retries: int = 0) -> AsyncIterator[anthropic.AsyncAnthropic]:
-    listener = Listener(EdgeConfig(port=0), refuser)
+    listener = Listener(EdgeConfig(port=0), refuser, Barrier())
     async with (
         listener.listening(),
         anthropic.AsyncAnthropic(api_key="k", base_url=f"http://127.0.0.1:{listener.port}", max_retries=max_retries) as client,

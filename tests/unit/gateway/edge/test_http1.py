@@ -18,6 +18,7 @@ import uvloop
 from services.gateway.edge.config import EdgeConfig
 from services.gateway.edge.errors import Dialect, error_body, error_head, status_of
 from services.gateway.edge.http1 import Exchange, Listener
+from services.runtime.barrier import Barrier
 from services.runtime.errors import Failure, Reason
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -60,7 +61,7 @@ class Site:
     refused: list[Failure] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.listener = Listener(self.config, self)
+        self.listener = Listener(self.config, self, Barrier())
 
     def handle(self, exchange: Exchange) -> Coroutine[Any, Any, None] | None:
         self.seen.append((exchange.method, exchange.target, bytes(exchange.body)))
@@ -225,6 +226,41 @@ async def test_pipelined_requests_are_answered_in_their_order(handler: Handler) 
         for number in range(500):
             assert (await client.answer()).body == b"GET /%d " % number
         assert (await client.ask(GET % b"last")).body == b"GET /last "
+
+
+@pytest.mark.parametrize("size", [10, 70_000])
+@on_both_loops
+async def test_an_answer_passes_the_barrier_before_it_is_sent(size: int) -> None:
+    """Below 64 KiB it leaves at the end of the turn, above at once."""
+    events: list[str] = []
+
+    async def handler(exchange: Exchange) -> None:
+        events.append("answered")
+        exchange.respond(b"HTTP/1.1 200 OK\r\n", b"x" * size)
+
+    async def pieces(exchange: Exchange) -> None:
+        exchange.open(b"HTTP/1.1 200 OK\r\n")
+        for _ in range(3):
+            await asyncio.sleep(0.001)
+            events.append("piece")
+            exchange.send(b"x" * size)
+        exchange.close()
+
+    async with listening(handler) as site:
+        site.listener.barrier = lambda: events.append("barrier")
+        client = await site.client()
+        assert len((await client.ask(GET % b"x")).body) == size
+        assert events[:2] == ["answered", "barrier"]
+        events.clear()
+        site.handler = pieces
+        assert len((await client.ask(GET % b"x")).body) == 3 * size
+        for index, event in enumerate(events):
+            assert event != "piece" or events[index + 1] == "barrier"
+        assert events.count("piece") == 3
+        events.clear()
+        # A refusal, and the end of the connection after it.
+        assert (await client.ask(b"nonsense\r\n\r\n")).status == 400
+        assert "barrier" in events
 
 
 @on_both_loops
