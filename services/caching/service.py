@@ -38,6 +38,10 @@ _NAMESPACE: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _MAX_TENANT: Final = 256
 _MAX_PURGES: Final = 10_000
 
+# Looked up here once: a member of an enumeration is not found as fast as a constant.
+_NO_CACHE: Final = Mode.OFF
+_BY_MEANING: Final = Mode.SEMANTIC
+
 _OFF: Final = inference_service_pb2.CACHE_MODE_OFF
 _EXACT: Final = inference_service_pb2.CACHE_MODE_EXACT
 _SEMANTIC: Final = inference_service_pb2.CACHE_MODE_SEMANTIC
@@ -121,7 +125,7 @@ class CachingServicer:
         response = pb2.LookupResponse()
         verdict = response.verdict
         verdict.cache_namespace = namespace
-        if settings.mode is Mode.OFF or wish == _OFF:
+        if settings.mode is _NO_CACHE or wish == _OFF:
             verdict.reason = "the caller doesn't want the cache" if wish == _OFF else "the namespace has no cache"
             return self._end(response, receipt_pb2.CACHE_STATUS_BYPASS, "bypass", began)
         ttl, threshold = settings.ttl, settings.threshold
@@ -152,7 +156,7 @@ class CachingServicer:
 
         scope = NO_SCOPE
         question = None
-        if wish == _SEMANTIC or (settings.mode is Mode.SEMANTIC and wish != _EXACT):
+        if wish == _SEMANTIC or (settings.mode is _BY_MEANING and wish != _EXACT):
             question, scope, why_not = self._scope(conversation, prefix)
             if why_not is not None:
                 verdict.reason = f"{verdict.reason}; semantic tier not asked: {why_not}" if verdict.reason else why_not

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -164,7 +165,7 @@ class _Credential:
     def read(self) -> str:
         """The secret; empty when none is needed. Raises AttemptFailed when one is needed and isn't there: nothing is sent then."""
         if self._source:
-            now = asyncio.get_running_loop().time()
+            now = time.monotonic()
             if now - self._read_at > 5.0:
                 self._value, self._read_at = read_credential(self._source), now
             if not self._value:

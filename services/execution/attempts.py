@@ -164,10 +164,12 @@ class Operation:
         report: Report,
         deadline: float,
         attempts: Any,
+        now: Callable[[], float],
         *,
         first_byte_seconds: float,
     ) -> None:
-        """`request` is a CompleteRequest, StreamCompleteRequest or EmbedRequest, `attempts` the field of the reply that takes them."""
+        """`request` is a CompleteRequest, StreamCompleteRequest or EmbedRequest, `attempts` the field of the reply that takes them, `now` the
+        loop's clock."""
         self.id: str = request.operation_id
         self.billing: pb2.Billing = request.billing
         self.candidates: Sequence[routing_service_pb2.Candidate] = request.candidates
@@ -181,7 +183,7 @@ class Operation:
         self._targets = targets
         self._deadline = deadline
         self._first_byte = first_byte_seconds
-        self._now = asyncio.get_running_loop().time
+        self._now = now
         self._failed: list[tuple[str, Reason]] = []
         self._retry_delay: float | None = None
         self._number = 0

@@ -84,6 +84,7 @@ class ExecutionServicer:
         self._health = health
         self._entries = entries
         self._first_byte = first_byte
+        self._now = asyncio.get_running_loop().time
         self._running: dict[str, None] = {}
         self._done: OrderedDict[str, None] = OrderedDict()
         self._idle = asyncio.Event()
@@ -117,7 +118,14 @@ class ExecutionServicer:
         self._running[operation] = None
         self._idle.clear()
         return Operation(
-            request, self._targets, self._spool, self._reports.add, call.deadline, attempts, first_byte_seconds=self._first_byte
+            request,
+            self._targets,
+            self._spool,
+            self._reports.add,
+            call.deadline,
+            attempts,
+            self._now,
+            first_byte_seconds=self._first_byte,
         )
 
     def _end(self, operation: str) -> None:

@@ -49,7 +49,7 @@ class Lease:
 
     __slots__ = (
         "budget", "concurrency", "concurrency_limit", "expires", "factor", "failed_until", "generation", "granted", "held", "in_flight",
-        "key_id", "largest_hold", "lease_id", "low_money", "low_requests", "low_tokens", "money", "no_concurrency_until",
+        "is_all_concurrency", "key_id", "largest_hold", "lease_id", "low_money", "low_requests", "low_tokens", "money", "no_concurrency_until",
         "no_money_until", "no_rate_until", "pending", "renews", "request_limit", "requests", "slice_money", "spent", "stranded",
         "token_limit", "tokens", "used", "waiting", "wanted",
     )  # fmt: skip
@@ -68,6 +68,8 @@ class Lease:
         self.factor = 1
         """By how much the next slices of rates are larger than the least."""
         self.concurrency = 0
+        self.is_all_concurrency = False
+        """The last grant was for less than was asked: no more is to be had."""
         self.in_flight = 0
         self.waiting = 0
         """Requests that wait to be admitted."""
@@ -167,16 +169,16 @@ class Leases:
         self._refuse_early(lease)
         lease.waiting += 1
         try:
-            # Who asks first asks for those that wait by then; more may have come meanwhile, for whom there is to be asked again.
+            # Who asks first asks for those that wait by then, and the worker for those that run; more may have come meanwhile, for whom
+            # there is to be asked again.
             for _ in range(_MOST_REFILLS):
-                before = lease.concurrency
                 # Else the sweep could take the lease for idle, and let it go, while it is being renewed.
                 lease.used = True
                 await self._refill(lease, 0, timeout)
                 admitted = self.admit(key_id, tokens)
                 if admitted is not None:
                     return admitted
-                if self._clock() < lease.no_rate_until or (lease.in_flight >= lease.concurrency <= before):
+                if self._clock() < lease.no_rate_until or (lease.in_flight >= lease.concurrency and lease.is_all_concurrency):
                     # There is no more to be had.
                     break
         finally:
@@ -317,7 +319,7 @@ class Leases:
                 retry_delay=round(lease.no_rate_until - now, 3),
             )
         if lease.in_flight >= lease.concurrency:
-            if now >= lease.no_concurrency_until:
+            if lease.is_all_concurrency and now >= lease.no_concurrency_until:
                 lease.no_concurrency_until = now + _REFUSAL_SECONDS
             limit = lease.concurrency_limit
             level = limit.level if limit is not None else "key"
@@ -399,6 +401,7 @@ class Leases:
         lease.requests = _on_top(lease.requests, grant.request_count)
         lease.tokens = _on_top(lease.tokens, grant.token_count)
         lease.concurrency = _PLENTY if grant.concurrency < 0 else grant.concurrency
+        lease.is_all_concurrency = lease.concurrency < wish.concurrency
         lease.money = _on_top(lease.money, grant.nano_usd)
         lease.slice_money = lease.money + lease.held
         lease.low_requests = _low(lease.requests)

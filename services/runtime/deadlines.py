@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import types
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Final
 
 from services.runtime.errors import deadline_exceeded
 
@@ -26,33 +26,94 @@ def bounded(work: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
 
 def waited(work: Any, pending: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
     """Goes on with `work`, which has made its first step and waits for `pending`, until `deadline`, then Failure DEADLINE_EXCEEDED."""
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task(loop)
+    task = asyncio.current_task()
     assert task is not None, "a call needs a running task"
-    expired = False
-
-    def expire() -> None:
-        nonlocal expired
-        expired = True
-        task.cancel()
-
-    timer = loop.call_at(deadline, expire)
+    watch = _Watch(task, deadline)
     try:
         result = yield from carried(work, pending)
     except asyncio.CancelledError:
-        if expired and task.uncancel() == 0:
+        if watch.expired and task.uncancel() == 0:
             raise deadline_exceeded(what) from None
         raise
     except BaseException:
-        if expired:
+        if watch.expired:
             task.uncancel()
         raise
     else:
-        if expired and task.uncancel() > 0:
+        if watch.expired and task.uncancel() > 0:
             raise asyncio.CancelledError
         return result
     finally:
-        timer.cancel()
+        watch.end()
+
+
+_NEAR_SECONDS: Final = 1.0
+_SLOTS_PER_SECOND: Final = 32
+
+
+class _Watch:
+    """Cancels a task at a deadline. Deadlines that are more than a second away may be kept up to 1/32 s late: then those of many calls share
+    a timer of the loop, and a call costs it nothing; to set and cancel a timer of its own takes longer than many a handler.
+    """
+
+    __slots__ = ("_slot", "_task", "_timer", "expired")
+
+    def __init__(self, task: asyncio.Task[Any], deadline: float) -> None:
+        self._task = task
+        self._timer: asyncio.TimerHandle | None = None
+        self._slot: set[_Watch] | None = None
+        self.expired = False
+        loop = task.get_loop()
+        if deadline - loop.time() < _NEAR_SECONDS:
+            self._timer = loop.call_at(deadline, self.expire)
+        else:
+            slots = _latest if _latest.loop is loop else _slots_of(loop)
+            self._slot = slot = slots.at(deadline)
+            slot.add(self)
+
+    def expire(self) -> None:
+        """The time is over."""
+        self.expired = True
+        self._task.cancel()
+
+    def end(self) -> None:
+        """It is no longer waited for."""
+        if self._slot is not None:
+            self._slot.discard(self)
+        elif self._timer is not None:
+            self._timer.cancel()
+
+
+class _Slots:
+    """The watches of a loop by the slot of time in which they expire."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        self.loop = loop
+        self._slots: dict[int, set[_Watch]] = {}
+
+    def at(self, deadline: float) -> set[_Watch]:
+        """The slot that ends at or just after `deadline`."""
+        number = int(deadline * _SLOTS_PER_SECOND) + 1
+        slot = self._slots.get(number)
+        if slot is None:
+            assert self.loop is not None, "made for a loop"
+            slot = self._slots[number] = set()
+            self.loop.call_at(number / _SLOTS_PER_SECOND, self._end, number)
+        return slot
+
+    def _end(self, number: int) -> None:
+        for watch in self._slots.pop(number):
+            watch.expire()
+
+
+_latest = _Slots(None)
+
+
+def _slots_of(loop: asyncio.AbstractEventLoop) -> _Slots:
+    # A process has one loop, tests have one after the other; those that were used before end by their timers all the same.
+    global _latest  # noqa: PLW0603
+    slots = _latest = _Slots(loop)
+    return slots
 
 
 @types.coroutine

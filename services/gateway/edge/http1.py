@@ -172,7 +172,7 @@ class Exchange:
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Starts the handler."""
         connection = self.connection
-        task = self.task = asyncio.get_running_loop().create_task(work)
+        task = self.task = connection.loop.create_task(work)
         connection.listener.tasks.add(task)
         task.add_done_callback(self._ended)
 

@@ -68,10 +68,17 @@ class World:
             **({"inputs": ["a"]} if kind is pb2.EmbedRequest else {"conversation": conversation()}),
             **fields,
         }
-        deadline = asyncio.get_running_loop().time() + seconds
+        now = asyncio.get_running_loop().time
         attempts = pb2.CompleteResponse().attempts
         return Operation(
-            kind(**made), self.targets, self.spool, self.reports.append, deadline, attempts, first_byte_seconds=PATIENCE
+            kind(**made),
+            self.targets,
+            self.spool,
+            self.reports.append,
+            now() + seconds,
+            attempts,
+            now,
+            first_byte_seconds=PATIENCE,
         )
 
     def stream(self, *providers: str, **fields: Any) -> Operation:

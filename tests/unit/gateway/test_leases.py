@@ -300,6 +300,25 @@ async def test_a_burst_beyond_the_first_share_is_admitted_up_to_the_limit() -> N
     assert len(world.metering.asked("AcquireLease")) <= 5
 
 
+async def test_a_burst_during_a_renewal_that_asked_for_little_is_admitted() -> None:
+    """The renewal under way was asked for when nothing ran: that it brings no more doesn't mean that there is no more."""
+    world = World()
+    world.leases._sizes = dataclasses.replace(world.leases._sizes, concurrency=8)
+    lease = await world.leases.admit_waiting("key-1", 1, 1.0)
+    world.leases.leave(lease, 0)
+    world.metering.delays["AcquireLease"] = 0.02
+    async with working(world):
+        world.leases._want(lease)
+        await eventually(lambda: lease.pending is not None)
+        results = await asyncio.gather(
+            *(world.leases.admit_waiting("key-1", 1, 2.0) for _ in range(8)),
+            *(world.leases.admit_waiting("key-1", 1, 2.0) for _ in range(30)),
+            return_exceptions=True,
+        )
+    assert not [result for result in results if isinstance(result, BaseException)]
+    assert lease.in_flight == 38
+
+
 async def test_a_share_shrinks_when_little_runs() -> None:
     world = World()
     world.leases._sizes = dataclasses.replace(world.leases._sizes, concurrency=8)
