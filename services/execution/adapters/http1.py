@@ -172,7 +172,9 @@ class _Connection(asyncio.Protocol):
     # requests
 
     def _begin(self, streaming: bool) -> asyncio.Future[Response]:
-        self._parser = httptools.HttpResponseParser(self)
+        if self._parser is None:
+            # Once: a connection is kept only when its answer ended, and then the parser stands before the next one.
+            self._parser = httptools.HttpResponseParser(self)
         self._streaming = streaming
         self._response = None
         self._headers = {}

@@ -17,7 +17,7 @@ import uvloop
 
 from services.gateway.edge.config import EdgeConfig
 from services.gateway.edge.errors import Dialect, error_body, error_head, status_of
-from services.gateway.edge.http1 import Exchange, Listener
+from services.gateway.edge.http1 import Connection, Exchange, Listener
 from services.runtime.barrier import Barrier
 from services.runtime.errors import Failure, Reason
 
@@ -226,6 +226,111 @@ async def test_pipelined_requests_are_answered_in_their_order(handler: Handler) 
         for number in range(500):
             assert (await client.answer()).body == b"GET /%d " % number
         assert (await client.ask(GET % b"last")).body == b"GET /last "
+
+
+def same_head(body: bytes, length: bytes | None = None, extra: bytes = b"") -> bytes:
+    said = b"%d" % len(body) if length is None else length
+    return b"POST /echo?a=b HTTP/1.1\r\n%bX-Kept: Yes\r\nContent-Length: %b\r\n%b\r\n%b" % (HOST, said, extra, body)
+
+
+@on_both_loops
+async def test_a_head_that_is_repeated_means_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[bytes] = []
+    repeats = Connection._repeats
+
+    def seen(self: Connection, known: Any, data: bytes) -> bool:
+        is_taken = repeats(self, known, data)
+        if is_taken:
+            taken.append(data)
+        return is_taken
+
+    monkeypatch.setattr(Connection, "_repeats", seen)
+    async with listening() as site:
+        client = await site.client()
+        bodies = [b"first", b"other", b"longer than before", b"", b"x" * 12_345, b"short"]
+        for body in bodies:
+            assert (await client.ask(same_head(body))).body == b"POST /echo?a=b " + body
+        assert len(taken) == len(bodies) - 1
+        assert [headers[b"content-length"] for headers in site.headers] == [b"%d" % len(body) for body in bodies]
+        assert all(headers[b"x-kept"] == b"Yes" for headers in site.headers)
+        taken.clear()
+        # In two reads, two in one read, another head, and the parser's own view of the connection afterwards.
+        whole = same_head(b"in two reads")
+        for cut in (1, 40, len(whole) - 3):
+            await client.send(whole[:cut])
+            await asyncio.sleep(0.01)
+            assert (await client.ask(whole[cut:])).body == b"POST /echo?a=b in two reads"
+        await client.send(same_head(b"one") + same_head(b"two"))
+        assert [(await client.answer()).body for _ in range(2)] == [b"POST /echo?a=b one", b"POST /echo?a=b two"]
+        assert (await client.ask(same_head(b"more", extra=b"x-more: 1\r\n"))).body == b"POST /echo?a=b more"
+        assert site.headers[-1][b"x-more"] == b"1"
+        assert not taken
+        assert (await client.ask(GET % b"last")).body == b"GET /last "
+        assert site.listener.buffered_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (same_head(b"body", b"+4"), 400),
+        (same_head(b"body", b"-4"), 400),
+        (same_head(b"body", b"0x4"), 400),
+        (same_head(b"body", b"4, 4"), 400),
+        (same_head(b"body", b"4\r\nContent-Length: 5"), 400),
+        (same_head(b"body", b"4\r\nTransfer-Encoding: chunked"), 400),
+        (same_head(b"body", b"99999999999999999999999999"), 400),
+        (same_head(b"x" * 5000), 413),
+        (same_head(b"body", b"5000"), 413),
+        (b"\x00" * 40, 400),
+    ],
+)
+@on_both_loops
+async def test_what_only_looks_like_the_head_before_is_refused_as_ever(data: bytes, status: int) -> None:
+    for times in (0, 2):
+        async with listening(max_body_bytes=4096) as site:
+            client = await site.client()
+            for _ in range(times):
+                assert (await client.ask(same_head(b"body"))).status == 200
+            assert (await client.ask(data)).status == status
+            assert len(site.seen) == times
+            assert await client.is_closed()
+
+
+@on_both_loops
+async def test_heads_that_differ_each_time_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered: list[bytes] = []
+    remember = Connection._remember
+
+    def counted(self: Connection, data: bytes) -> None:
+        remembered.append(data)
+        remember(self, data)
+
+    monkeypatch.setattr(Connection, "_remember", counted)
+    async with listening() as site:
+        client = await site.client()
+        for number in range(10):
+            body = b"body %d" % number
+            answer = await client.ask(same_head(body, extra=b"x-request-id: %d\r\n" % number))
+            assert answer.body == b"POST /echo?a=b " + body
+            assert site.headers[-1][b"x-request-id"] == b"%d" % number
+        assert len(remembered) == 3
+
+
+@on_both_loops
+async def test_bodies_behind_a_repeated_head_count_as_held() -> None:
+    gate = Gate()
+    async with listening(gate, max_buffered_bytes=10_000) as site:
+        first, second = await site.client(), await site.client()
+        gate.opened.set()
+        for client in (first, second):
+            await client.ask(same_head(b"x" * 6000))
+        gate.opened.clear()
+        gate.entered.clear()
+        await first.send(same_head(b"y" * 6000))
+        await gate.entered.wait()
+        assert (await second.ask(same_head(b"z" * 6000))).status == 503
+        gate.opened.set()
+        assert (await first.answer()).status == 200
 
 
 @pytest.mark.parametrize("size", [10, 70_000])
