@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from services.execution.errors import AllFailed, AttemptFailed, ConnectionStale, SpoolFull
 from services.execution.pricing import cost_of, prompt_cost
@@ -35,8 +35,39 @@ _OVERRUN: Final = 1.1
 """A stream is cut when it has produced this many times the tokens that its hold covers: providers keep max_tokens, mostly."""
 _REASONS: Final = {reason: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason.value}") for reason in Reason}
 
-Report = Callable[[receipt_pb2.Attempt], None]
+
+class Tried(NamedTuple):
+    """An attempt that ended, or a candidate that was passed over."""
+
+    record: metering_service_pb2.Settlement
+    provider_status: int
+    """HTTP status; 0: there was none."""
+    first_token_ns: int
+    """From its begin to the first token; 0: none came, or not in pieces."""
+
+
+Report = Callable[[Tried], None]
 """Takes an attempt that ended, for what routing wants to know of it."""
+
+
+def fill_attempt(attempt: receipt_pb2.Attempt, tried: Tried) -> None:
+    """Fills an empty message with what a receipt shows."""
+    record = tried.record
+    attempt.attempt_id = record.attempt_id
+    attempt.model = record.model
+    attempt.provider = record.provider
+    attempt.start_time.CopyFrom(record.start_time)
+    if record.HasField("duration"):
+        attempt.duration.CopyFrom(record.duration)
+    attempt.outcome = record.outcome
+    attempt.error_reason = record.error_reason
+    attempt.cost_nano_usd = record.cost_nano_usd
+    if record.HasField("usage"):
+        attempt.usage.CopyFrom(record.usage)
+    attempt.provider_status = tried.provider_status
+    if tried.first_token_ns:
+        first = attempt.first_token_duration
+        first.seconds, first.nanos = divmod(tried.first_token_ns, _BILLION)
 
 
 class _Attempt:
@@ -93,7 +124,7 @@ class _Attempt:
         is_final: bool,
         failure: Failure | None = None,
     ) -> None:
-        """Settles: into the spool, the operation's receipt, and routing's statistics."""
+        """Settles: into the spool, what the operation tried, and routing's statistics."""
         self.operation.spool.settle(self._settle(outcome, usage, is_final=is_final, failure=failure))
 
     def end_well(self, usage: answer_pb2.Usage) -> None:
@@ -130,26 +161,13 @@ class _Attempt:
         operation.cost += cost
         if usage is not None and self.price is not None:
             operation.price_version = record.price_version
-        # The receipt's, where it will be read: put together elsewhere it would have to be copied.
-        attempt = operation.attempts.add()
-        attempt.attempt_id = self.id
-        attempt.model = self.target.model
-        attempt.provider = self.target.provider
-        attempt.start_time.CopyFrom(record.start_time)
-        attempt.duration.CopyFrom(span)
-        attempt.outcome = outcome
-        attempt.cost_nano_usd = cost
-        if usage is not None:
-            attempt.usage.CopyFrom(usage)
-        if failure is None:
-            attempt.provider_status = 200
-        else:
-            record.error_reason = attempt.error_reason = _REASONS[failure.reason]
-            attempt.provider_status = getattr(failure, "status", 0)
-        if self.first:
-            first = attempt.first_token_duration
-            first.seconds, first.nanos = divmod(self.first - self.began, _BILLION)
-        operation.report(attempt)
+        status = 200
+        if failure is not None:
+            record.error_reason = _REASONS[failure.reason]
+            status = getattr(failure, "status", 0)
+        tried = Tried(record, status, self.first - self.began if self.first else 0)
+        operation.tried.append(tried)
+        operation.report(tried)
         return record
 
 
@@ -163,19 +181,18 @@ class Operation:
         spool: Spool,
         report: Report,
         deadline: float,
-        attempts: Any,
         now: Callable[[], float],
         *,
         first_byte_seconds: float,
     ) -> None:
-        """`request` is a CompleteRequest, StreamCompleteRequest or EmbedRequest, `attempts` the field of the reply that takes them, `now` the
-        loop's clock."""
+        """`request` is a CompleteRequest, StreamCompleteRequest or EmbedRequest, `now` the loop's clock."""
         self.id: str = request.operation_id
         self.billing: pb2.Billing = request.billing
         self.candidates: Sequence[routing_service_pb2.Candidate] = request.candidates
         self.spool = spool
         self.report = report
-        self.attempts = attempts
+        self.tried: list[Tried] = []
+        """In order."""
         self.cost = 0
         self.price_version = ""
         self.input_count = 0
@@ -205,7 +222,7 @@ class Operation:
         self._failed.append((candidate.model, reason))
         if delay is not None:
             self._retry_delay = delay if self._retry_delay is None else min(delay, self._retry_delay)
-        skipped = self.attempts.add(
+        skipped = metering_service_pb2.Settlement(
             attempt_id=f"{self.id}/-",
             model=candidate.model,
             provider=candidate.provider,
@@ -213,6 +230,7 @@ class Operation:
             error_reason=_REASONS[reason],
         )
         skipped.start_time.FromNanoseconds(time.time_ns())
+        self.tried.append(Tried(skipped, 0, 0))
 
     def _begin(self, candidate: routing_service_pb2.Candidate) -> tuple[Provider, _Attempt] | None:
         """The provider and an attempt, which is on record when its gate lets through; None when the candidate can't be called now.

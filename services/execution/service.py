@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
-from services.execution.attempts import Operation
+from services.execution.attempts import Operation, Tried, fill_attempt
 from services.execution.catalogue import Entry, read_credential
 from services.execution.errors import AttemptFailed
 from services.execution.provider import Completed
@@ -16,7 +15,7 @@ from services.execution.targets import Targets
 from services.runtime.call import Call
 from services.runtime.errors import Failure, Reason, invalid
 from sluice.execution.v1 import execution_service_pb2 as pb2
-from sluice.inference.v1 import inference_service_pb2, receipt_pb2
+from sluice.inference.v1 import inference_service_pb2
 from sluice.routing.v1 import routing_service_pb2
 
 MAX_CANDIDATES: Final = 16
@@ -37,14 +36,14 @@ class Reports:
         self._reports: list[routing_service_pb2.AttemptReport] = []
         self._counts: dict[str, int] = {}
 
-    def add(self, attempt: receipt_pb2.Attempt) -> None:
-        """One more, as it stands in the receipt."""
-        counts, model = self._counts, attempt.model
+    def add(self, tried: Tried) -> None:
+        """One more."""
+        counts, model = self._counts, tried.record.model
         count = counts.get(model, 0)
         if count < _MOST_OF_A_MODEL and len(self._reports) < _MOST_REPORTS:
             counts[model] = count + 1
-            # At once, and not the attempt itself: it is a part of the reply, and would keep all of it in memory.
-            self._reports.append(_reported(attempt))
+            # At once, and not the record itself: it keeps more than what is reported.
+            self._reports.append(_reported(tried))
 
     def take(self) -> list[routing_service_pb2.AttemptReport]:
         """All of them, which are then forgotten."""
@@ -52,16 +51,17 @@ class Reports:
         return taken
 
 
-def _reported(attempt: receipt_pb2.Attempt) -> routing_service_pb2.AttemptReport:
+def _reported(tried: Tried) -> routing_service_pb2.AttemptReport:
+    record = tried.record
     report = routing_service_pb2.AttemptReport(
-        model=attempt.model,
-        outcome=attempt.outcome,
-        error_reason=attempt.error_reason,
-        duration=attempt.duration,
-        usage=attempt.usage if attempt.HasField("usage") else None,
+        model=record.model,
+        outcome=record.outcome,
+        error_reason=record.error_reason,
+        duration=record.duration,
+        usage=record.usage if record.HasField("usage") else None,
     )
-    if attempt.HasField("first_token_duration"):
-        report.first_token_duration.CopyFrom(attempt.first_token_duration)
+    if tried.first_token_ns:
+        report.first_token_duration.FromNanoseconds(tried.first_token_ns)
     return report
 
 
@@ -85,8 +85,10 @@ class ExecutionServicer:
         self._entries = entries
         self._first_byte = first_byte
         self._now = asyncio.get_running_loop().time
-        self._running: dict[str, None] = {}
-        self._done: OrderedDict[str, None] = OrderedDict()
+        self._running: set[str] = set()
+        # Two generations, the older of which goes as a whole: cheaper than one entry out for each that comes in.
+        self._done: set[str] = set()
+        self._done_before: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -98,24 +100,24 @@ class ExecutionServicer:
         except TimeoutError:
             return
 
-    def _begin(self, request: Any, call: Call, attempts: Any) -> Operation:
+    def _begin(self, request: Any, call: Call) -> Operation:
         """An operation; raises Failure REQUEST_INVALID, or STATE_CONFLICT for an operation that ran here already."""
-        if not request.operation_id or len(request.operation_id) > 128:
+        operation = request.operation_id
+        if not operation or len(operation) > 128:
             raise invalid("operation_id", "must have 1 to 128 characters")
         if not 1 <= len(request.candidates) <= MAX_CANDIDATES:
             raise invalid("candidates", f"must have 1 to {MAX_CANDIDATES} entries, got {len(request.candidates)}")
         billing = request.billing
         if not (billing.tenant_id and billing.project_id and billing.key_id):
             raise invalid("billing", "must name tenant, project and key")
-        operation = request.operation_id
-        if operation in self._running or operation in self._done:
+        if operation in self._running or operation in self._done or operation in self._done_before:
             # The same ids would be taken for the same attempts, and the second run would cost nothing.
             raise Failure(
                 Reason.STATE_CONFLICT,
                 f"operation {operation!r} ran here already; a new run needs an id of its own",
                 metadata={"state": "ran"},
             )
-        self._running[operation] = None
+        self._running.add(operation)
         self._idle.clear()
         return Operation(
             request,
@@ -123,16 +125,16 @@ class ExecutionServicer:
             self._spool,
             self._reports.add,
             call.deadline,
-            attempts,
             self._now,
             first_byte_seconds=self._first_byte,
         )
 
     def _end(self, operation: str) -> None:
-        del self._running[operation]
-        self._done[operation] = None
-        if len(self._done) > _REMEMBERED:
-            self._done.popitem(last=False)
+        self._running.remove(operation)
+        done = self._done
+        done.add(operation)
+        if len(done) >= _REMEMBERED:
+            self._done, self._done_before = set(), done
         if not self._running:
             self._idle.set()
 
@@ -140,15 +142,18 @@ class ExecutionServicer:
         """See the proto."""
         if not request.conversation.messages:
             raise invalid("conversation", "must have at least one message")
-        response = pb2.CompleteResponse()
-        operation = self._begin(request, call, response.attempts)
+        operation = self._begin(request, call)
         try:
             completed = await operation.complete()
         except Failure as failure:
             raise _costed(failure, operation) from None
         finally:
             self._end(operation.id)
+        response = pb2.CompleteResponse()
         response.answer.CopyFrom(completed.answer)
+        response.attempt_count = len(operation.tried)
+        if not request.omit_attempts:
+            _fill_attempts(response.attempts, operation)
         response.cost_nano_usd = operation.cost
         response.price_version = operation.price_version
         return response
@@ -158,8 +163,7 @@ class ExecutionServicer:
         if not request.conversation.messages:
             raise invalid("conversation", "must have at least one message")
         response = pb2.StreamCompleteResponse
-        last = response()
-        operation = self._begin(request, call, last.finished.attempts)
+        operation = self._begin(request, call)
         events: AsyncGenerator[Any, None] | None = None
         try:
             events = await operation.open_stream()
@@ -171,8 +175,12 @@ class ExecutionServicer:
                 elif isinstance(event, pb2.DeltaBatch):
                     yield response(deltas=event)
                 elif isinstance(event, Completed):
+                    last = response()
                     finished = last.finished
                     finished.answer.CopyFrom(event.answer)
+                    finished.attempt_count = len(operation.tried)
+                    if not request.omit_attempts:
+                        _fill_attempts(finished.attempts, operation)
                     finished.cost_nano_usd = operation.cost
                     finished.price_version = operation.price_version
                     yield last
@@ -190,14 +198,15 @@ class ExecutionServicer:
         """See the proto."""
         if not 1 <= len(request.inputs) <= MAX_INPUTS:
             raise invalid("inputs", f"must have 1 to {MAX_INPUTS} entries, got {len(request.inputs)}")
-        response = pb2.EmbedResponse()
-        operation = self._begin(request, call, response.attempts)
+        operation = self._begin(request, call)
         try:
             embedded, model = await operation.embed()
         except Failure as failure:
             raise _costed(failure, operation) from None
         finally:
             self._end(operation.id)
+        response = pb2.EmbedResponse()
+        _fill_attempts(response.attempts, operation)
         response.embeddings.extend([inference_service_pb2.Embedding(values=vector) for vector in embedded.vectors])
         response.usage.CopyFrom(embedded.usage)
         response.cost_nano_usd = operation.cost
@@ -231,9 +240,14 @@ class ExecutionServicer:
         return pb2.ListProvidersResponse(providers=providers, next_page_token=names[size - 1] if len(names) > size else "")
 
 
+def _fill_attempts(field: Any, operation: Operation) -> None:
+    for tried in operation.tried:
+        fill_attempt(field.add(), tried)
+
+
 def _costed(failure: Failure, operation: Operation) -> Failure:
     """`failure` with what the operation cost all the same, so that the caller can free the rest of its hold."""
     metadata = {**failure.metadata, "cost_nano_usd": str(operation.cost)}
-    if isinstance(failure, AttemptFailed) and operation.attempts:
-        metadata.setdefault("model", operation.attempts[-1].model)
+    if isinstance(failure, AttemptFailed) and operation.tried:
+        metadata.setdefault("model", operation.tried[-1].record.model)
     return Failure(failure.reason, failure.message, metadata=metadata, retry_delay=failure.retry_delay)

@@ -773,6 +773,7 @@ class Core:
     ) -> None:
         facts.answer = answer = response.answer
         facts.attempts = response.attempts
+        facts.attempt_count = response.attempt_count
         facts.cost = response.cost_nano_usd
         facts.price_version = response.price_version
         if may_store(facts, answer):
@@ -913,6 +914,7 @@ class Core:
         facts.cost = response.cost_nano_usd
         facts.answer = answer_pb2.Answer(model=response.model, usage=response.usage)
         facts.attempts = response.attempts
+        facts.attempt_count = len(facts.attempts)
         self._journal.add(facts, response.model, "ok")
         return inference_service_pb2.EmbedResponse(
             operation_id=facts.operation_id,

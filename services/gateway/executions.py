@@ -11,6 +11,7 @@ from services.runtime.errors import Failure, Reason
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, inference_service_pb2
 
+_NO_RECEIPT: Final = inference_service_pb2.RECEIPT_VIEW_NONE
 _UNBILLED: Final = frozenset(
     (
         Reason.REQUEST_INVALID, Reason.REQUEST_TOO_LARGE, Reason.FIELD_UNSUPPORTED, Reason.MODEL_NOT_FOUND,
@@ -61,6 +62,9 @@ def fill_request(
         if end_user:
             request.end_user_hash = end_user_hash(facts.principal, end_user)
     request.input_count.CopyFrom(facts.input_count)
+    if wanted.receipt_view == _NO_RECEIPT and not wanted.request_id:
+        # With a request id others may join, who want one.
+        request.omit_attempts = True
 
 
 def embed_to_proto(facts: Facts, wanted: inference_service_pb2.EmbedRequest) -> execution_service_pb2.EmbedRequest:

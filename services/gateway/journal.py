@@ -80,7 +80,7 @@ def line_of(facts: Facts, model: str, outcome: str) -> dict[str, Any]:
         "hold_nano_usd": facts.hold,
         "cost_nano_usd": facts.cost,
         "saved_nano_usd": facts.saved,
-        "attempts": len(facts.attempts),
+        "attempts": facts.attempt_count,
     }
     answer = facts.answer
     if answer is not None:

@@ -19,7 +19,7 @@ class Facts:
     """What is known of an operation. Filled on the way; times are nanoseconds."""
 
     __slots__ = (
-        "answer", "attempts", "budget_before", "budget_level", "cache_reason", "cache_status", "candidates", "cost", "degradations",
+        "answer", "attempt_count", "attempts", "budget_before", "budget_level", "cache_reason", "cache_status", "candidates", "cost", "degradations",
         "end_ns", "first_byte_ns", "generation", "hold", "hold_id", "input_count", "is_hit", "kind", "lease", "lookup", "lookup_ns",
         "max_output", "operation_id", "plan", "price_version", "principal", "receive_ns", "request", "saved", "shape", "start",
         "taken_tokens", "window_rejections",
@@ -68,6 +68,8 @@ class Facts:
         self.budget_level = ""
         self.answer: answer_pb2.Answer | None = None
         self.attempts: Sequence[receipt_pb2.Attempt] = ()
+        """Left out where nobody will ask for a receipt."""
+        self.attempt_count = 0
         self.cost = 0
         self.saved = 0
         self.price_version = ""

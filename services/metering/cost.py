@@ -30,7 +30,6 @@ class Price:
 
 def cost_of(
     price: Price,
-    *,
     input_tokens: int,
     cached_tokens: int = 0,
     cache_write_tokens: int = 0,

@@ -48,6 +48,9 @@ class Entry(NamedTuple):
     post_micros: int
 
 
+_HASHED: Final = "\x1f".join(["%s"] * len(Entry._fields))
+
+
 class Settlement(NamedTuple):
     """An entry and the reservation that it ends."""
 
@@ -59,7 +62,7 @@ class Settlement(NamedTuple):
 
 def chained(previous: bytes, entry: Entry) -> bytes:
     """Hash of an entry and of all before it: a changed, missing or inserted row breaks every later one."""
-    return blake2b(previous + "\x1f".join(map(str, entry)).encode(), digest_size=16).digest()
+    return blake2b(previous + (_HASHED % entry).encode(), digest_size=16).digest()
 
 
 class PostState(enum.Enum):

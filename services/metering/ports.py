@@ -138,7 +138,10 @@ class Store(Protocol):
         """Sums per group, from the row number `after` on. `group_by` of: tenant, project, key, model, task_type, hour, day."""
 
     async def entries(self, tenant_id: str, operation_id: str, before: int | None, limit: int) -> list[Posted]:
-        """Journal rows, newest first, those with a sequence below `before`. Empty filters and None: all."""
+        """Journal rows, newest first, those with a sequence below `before`. Empty filters and None: all.
+
+        Those of an operation are found by their attempt ids, which are `<operation>/...`.
+        """
 
     async def verify(self) -> Verdict:
         """Checks the whole ledger: the hash chain, and that balances are what the journal and reservations say."""

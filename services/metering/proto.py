@@ -46,6 +46,7 @@ _MAX_DURATION: Final = 315_576_000_000
 """Bound of google.protobuf.Duration, s."""
 _NANOS: Final = 1_000_000_000
 _IDS: Final = ("attempt_id", "operation_id", "tenant_id", "project_id", "key_id")
+# In the order in which `cost_of` takes them.
 _COUNTS: Final = (
     "input_token_count",
     "cached_input_token_count",
@@ -95,8 +96,18 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
     # Each field is read once: a text is made anew at every read, and every settlement of the mesh passes here.
     attempt_id, operation_id = message.attempt_id, message.operation_id
     tenant_id, project_id, key_id = message.tenant_id, message.project_id, message.key_id
-    for field, value in zip(_IDS, (attempt_id, operation_id, tenant_id, project_id, key_id), strict=True):
-        required(value, field)
+    if not (
+        0 < len(attempt_id) <= _MAX_ID
+        and 0 < len(operation_id) <= _MAX_ID
+        and 0 < len(tenant_id) <= _MAX_ID
+        and 0 < len(project_id) <= _MAX_ID
+        and 0 < len(key_id) <= _MAX_ID
+    ):
+        for field, value in zip(_IDS, (attempt_id, operation_id, tenant_id, project_id, key_id), strict=True):
+            required(value, field)
+    if not attempt_id.startswith(operation_id) or attempt_id[len(operation_id) : len(operation_id) + 1] != "/":
+        # By this the ledger finds the attempts of an operation.
+        raise invalid("attempt_id", "must begin with the id of its operation and a slash")
     amount, saved = message.cost_nano_usd, message.saved_nano_usd
     if not 0 <= amount <= _MAX_AMOUNT:
         raise invalid("cost_nano_usd", f"must be 0 to {_MAX_AMOUNT}, got {amount}")
@@ -126,7 +137,7 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
         if price is None:
             # A price of another version of the file: known to whoever charged, not to us any more.
             flags = "price_unknown"
-        elif amount != _expected(price, counts):
+        elif amount != cost_of(price, *counts):
             flags = "cost_mismatch"
     elif amount:
         flags = "price_unknown"
@@ -158,20 +169,6 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
         now_micros,
     )
     return Settlement(entry, message.lease_id, message.hold_id, message.is_final)
-
-
-def _expected(price: Price, counts: tuple[int, int, int, int, int, int]) -> int:
-    """What the price makes of `counts`, which are in the order of `_COUNTS`."""
-    input_tokens, cached, written, output, reasoning, images = counts
-    return cost_of(
-        price,
-        input_tokens=input_tokens,
-        cached_tokens=cached,
-        cache_write_tokens=written,
-        output_tokens=output,
-        reasoning_tokens=reasoning,
-        images=images,
-    )
 
 
 def grant_to_proto(grant: Grant) -> metering_service_pb2.AcquireLeaseResponse:

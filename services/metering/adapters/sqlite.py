@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import itertools
 import json
 import queue
 import sqlite3
@@ -48,7 +47,7 @@ from services.metering.ledger import (
 )
 from services.metering.ports import Chain, Change, Posted, UsageFilter, UsageRow
 
-_SCHEMA_VERSION: Final = 1
+_SCHEMA_VERSION: Final = 2
 _MOST_PER_COMMIT: Final = 512
 _VARIABLES: Final = 500
 _LEVELS: Final = (Level.KEY.value, Level.PROJECT.value, Level.TENANT.value)
@@ -97,18 +96,24 @@ CREATE TABLE journal (
   cache_status INTEGER NOT NULL, attempt_number INTEGER NOT NULL, flags TEXT NOT NULL, post_micros INTEGER NOT NULL,
   hash BLOB NOT NULL
 ) STRICT;
-CREATE INDEX journal_by_operation ON journal (operation_id);
 CREATE INDEX journal_by_tenant ON journal (tenant_id, start_micros);
 CREATE TRIGGER journal_is_append_only_update BEFORE UPDATE ON journal BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
 CREATE TRIGGER journal_is_append_only_delete BEFORE DELETE ON journal BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
 """
 
+_MIGRATIONS: Final = {
+    # Attempts are found by their ids, which begin with the operation's: an index less to write for every attempt.
+    1: "DROP INDEX journal_by_operation;",
+}
+"""What brings each older version to the next one."""
+
+_WIDTH: Final = len(Entry._fields) + 1
+"""Values of a row of the journal: an entry and its hash."""
 _ROWS_PER_INSERT: Final = (64, 16, 4, 1)
 """Rows that one INSERT takes, largest first. Each execution of a statement gives up the interpreter and has to win it back from the
 event loop, so rows by the dozen cost the loop a fraction of what they cost one by one; few sizes, so that the statements stay prepared."""
 _INSERT_ENTRIES: Final = {
-    count: f"INSERT INTO journal ({_ENTRY_COLUMNS}, hash) VALUES "
-    + ", ".join([f"({', '.join('?' * (len(Entry._fields) + 1))})"] * count)
+    count: f"INSERT INTO journal ({_ENTRY_COLUMNS}, hash) VALUES " + ", ".join([f"({', '.join('?' * _WIDTH)})"] * count)
     for count in _ROWS_PER_INSERT
 }
 _HOLD_ALL: Final = """
@@ -194,6 +199,9 @@ class SqliteStore:
             )
         if version == 0:
             self._write.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+            return
+        for old in range(version, _SCHEMA_VERSION):
+            self._write.executescript(f"BEGIN; {_MIGRATIONS[old]} PRAGMA user_version={old + 1}; COMMIT;")
 
     def _last_hash(self) -> bytes:
         row = self._write.execute("SELECT hash FROM journal ORDER BY sequence DESC LIMIT 1").fetchone()
@@ -546,36 +554,41 @@ class SqliteStore:
         return await self._written(lambda c: self._post(c, settlements))
 
     def _post(self, c: sqlite3.Connection, settlements: Sequence[Settlement]) -> list[PostState]:
-        known: set[str] = set()
-        identifiers = [settlement.entry.attempt_id for settlement in settlements]
-        for start in range(0, len(identifiers), _VARIABLES):
-            part = identifiers[start : start + _VARIABLES]
-            marks = ", ".join("?" * len(part))
-            known.update(row[0] for row in c.execute(f"SELECT attempt_id FROM journal WHERE attempt_id IN ({marks})", part))
+        try:
+            return self._append(c, settlements, set())
+        except sqlite3.IntegrityError:
+            # Some are posted already, which is rare: it is looked for when the journal has refused one.
+            c.execute("ROLLBACK TO one")
+            return self._append(c, settlements, _posted(c, [settlement.entry.attempt_id for settlement in settlements]))
+
+    def _append(self, c: sqlite3.Connection, settlements: Sequence[Settlement], known: set[str]) -> list[PostState]:
+        """Posts those that aren't `known`. sqlite3.IntegrityError when the journal has one all the same; what was written is to be undone."""
         states: list[PostState] = []
-        rows: list[tuple[Any, ...]] = []
-        spent: dict[Payer, int] = defaultdict(int)
+        values: list[Any] = []
+        spent: dict[tuple[str, str, str], int] = defaultdict(int)
         leased: dict[str, int] = defaultdict(int)
         ended: list[str] = []
         head = self._head
-        for settlement in settlements:
-            entry = settlement.entry
-            if entry.attempt_id in known:
+        for entry, lease_id, hold_id, is_final in settlements:
+            attempt_id = entry.attempt_id
+            if attempt_id in known:
                 states.append(PostState.DUPLICATE)
                 continue
-            known.add(entry.attempt_id)
+            known.add(attempt_id)
             states.append(PostState.POSTED)
             head = chained(head, entry)
-            rows.append((*entry, head))
-            if entry.debit != PLATFORM and entry.amount:
-                spent[Payer(entry.tenant_id, entry.project_id, entry.key_id)] += entry.amount
-                if settlement.lease_id:
-                    leased[settlement.lease_id] += entry.amount
-            if settlement.hold_id and settlement.is_final:
-                ended.append(settlement.hold_id)
-        _insert(c, rows)
-        for payer, amount in spent.items():
-            first, second, third = payer.accounts
+            values.extend(entry)
+            values.append(head)
+            amount = entry.amount
+            if amount and entry.debit != PLATFORM:
+                spent[entry.tenant_id, entry.project_id, entry.key_id] += amount
+                if lease_id:
+                    leased[lease_id] += amount
+            if hold_id and is_final:
+                ended.append(hold_id)
+        _insert(c, values)
+        for ids, amount in spent.items():
+            first, second, third = Payer(*ids).accounts
             c.execute(
                 "INSERT INTO accounts (name, spent) VALUES (?1, ?4), (?2, ?4), (?3, ?4) "
                 "ON CONFLICT (name) DO UPDATE SET spent = spent + ?4",
@@ -654,10 +667,17 @@ class SqliteStore:
         """See Store."""
         where: list[str] = []
         values: list[str | int] = []
-        for condition, value in (("sequence < ?", before), ("tenant_id = ?", tenant_id), ("operation_id = ?", operation_id)):
-            if value not in (None, ""):
-                where.append(condition)
-                values.append(value)
+        if before is not None:
+            where.append("sequence < ?")
+            values.append(before)
+        if tenant_id:
+            # The plus keeps the index by tenant out of it, which would be preferred to the few attempts of one operation.
+            where.append("+tenant_id = ?" if operation_id else "tenant_id = ?")
+            values.append(tenant_id)
+        if operation_id:
+            # Every id of an attempt is `<operation>/...`, and "0" comes after "/".
+            where.append("attempt_id > ? AND attempt_id < ?")
+            values += [f"{operation_id}/", f"{operation_id}0"]
         wanted = f"WHERE {' AND '.join(where)}" if where else ""
         statement = f"SELECT sequence, {_ENTRY_COLUMNS} FROM journal {wanted} ORDER BY sequence DESC LIMIT ?"
         return await self._reported(
@@ -669,14 +689,24 @@ class SqliteStore:
         return await self._reported(_verify)
 
 
-def _insert(c: sqlite3.Connection, rows: Sequence[tuple[Any, ...]]) -> None:
-    """Appends rows of the journal."""
-    at, left = 0, len(rows)
+def _insert(c: sqlite3.Connection, values: Sequence[Any]) -> None:
+    """Appends rows of the journal, of which `values` holds `_WIDTH` for each."""
+    at, left = 0, len(values) // _WIDTH
     for size in _ROWS_PER_INSERT:
         while left >= size:
-            c.execute(_INSERT_ENTRIES[size], list(itertools.chain.from_iterable(rows[at : at + size])))
-            at += size
+            c.execute(_INSERT_ENTRIES[size], values[at : at + size * _WIDTH])
+            at += size * _WIDTH
             left -= size
+
+
+def _posted(c: sqlite3.Connection, attempt_ids: Sequence[str]) -> set[str]:
+    """Those that are in the journal."""
+    known: set[str] = set()
+    for start in range(0, len(attempt_ids), _VARIABLES):
+        part = attempt_ids[start : start + _VARIABLES]
+        marks = ", ".join("?" * len(part))
+        known.update(row[0] for row in c.execute(f"SELECT attempt_id FROM journal WHERE attempt_id IN ({marks})", part))
+    return known
 
 
 def _guarded(operation: Callable[[sqlite3.Connection], T], connection: sqlite3.Connection) -> T:

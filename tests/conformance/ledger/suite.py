@@ -200,6 +200,24 @@ class LedgerSuite:
         await assert_balances(store, spent=10, held=0)
         assert [posted.entry.amount for posted in await store.entries("", "op-1", None, 10)] == [3, 7]
 
+    async def test_the_attempts_of_an_operation_are_those_of_no_other(self, store: Store) -> None:
+        await prepare(store)
+        names = ["op/1", "op/2", "op/cache", "op-1/1", "op0/1", "op./1", "op1/1", "o/1", "op/1/1", "OP/1", "op\x7f/1"]
+        await store.post([settlement(name, amount=1) for name in names])
+        for tenant in ("", PAYER.tenant_id):
+            found = await store.entries(tenant, "op", None, 100)
+            assert [posted.entry.attempt_id for posted in found] == ["op/1/1", "op/cache", "op/2", "op/1"]
+            assert [posted.sequence for posted in await store.entries(tenant, "op", 3, 1)] == [2]
+        assert await store.entries("another", "op", None, 100) == []
+
+    async def test_new_attempts_between_posted_ones_are_posted(self, store: Store) -> None:
+        await prepare(store)
+        await store.post([settlement(f"op-{number}/1", amount=1) for number in range(0, 100, 3)])
+        states = await store.post([settlement(f"op-{number}/1", amount=1) for number in range(100)])
+        assert [state is PostState.DUPLICATE for state in states] == [number % 3 == 0 for number in range(100)]
+        await assert_balances(store, spent=100, held=0)
+        assert (await store.verify()).problems == ()
+
     async def test_an_attempt_sent_from_many_sides_at_once_is_posted_once(self, store: Store) -> None:
         await prepare(store)
         batches = [[settlement(f"op-{number}/1", amount=number) for number in range(30)] for _ in range(20)]

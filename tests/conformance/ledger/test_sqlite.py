@@ -15,6 +15,7 @@ from hypothesis import settings
 from services.metering.adapters.sqlite import open_store
 from services.metering.errors import NotFound
 from services.metering.ports import Store, UsageFilter
+from tests.conformance.ledger.examples import PAYER, settlement
 from tests.conformance.ledger.machine import LedgerMachine
 from tests.conformance.ledger.suite import Database, LedgerSuite
 
@@ -77,10 +78,44 @@ async def test_a_second_process_may_not_use_the_file(tmp_path: Path) -> None:
 
 async def test_a_ledger_of_a_newer_version_is_not_touched(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        connection.execute("PRAGMA user_version=2")
-    with pytest.raises(RuntimeError, match="schema version 2"):
+        connection.execute("PRAGMA user_version=1000")
+    with pytest.raises(RuntimeError, match="schema version 1000"):
         async with open_store(tmp_path):
             pass
+
+
+async def test_a_ledger_of_the_first_version_is_brought_up_and_keeps_what_it_has(tmp_path: Path) -> None:
+    async with open_store(tmp_path) as store:
+        await store.post([settlement("op-1/1", amount=7)])
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        # What the first version had besides.
+        connection.executescript("CREATE INDEX journal_by_operation ON journal (operation_id); PRAGMA user_version=1;")
+    for _ in range(2):
+        async with open_store(tmp_path) as store:
+            assert [posted.entry.amount for posted in await store.entries("", "op-1", None, 10)] == [7]
+            assert (await store.verify()).problems == ()
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (2,)
+        indices = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'index'")}
+    assert "journal_by_tenant" in indices
+    assert "journal_by_operation" not in indices
+
+
+@pytest.mark.parametrize("tenant", ["", PAYER.tenant_id])
+async def test_the_attempts_of_an_operation_are_found_by_an_index(tmp_path: Path, tenant: str) -> None:
+    async with open_store(tmp_path) as store:
+        await store.post([settlement(f"op-{number}/1", amount=1) for number in range(1000)])
+        steps = 0
+
+        def step() -> int:
+            nonlocal steps
+            steps += 1
+            return 0
+
+        store._report.set_progress_handler(step, 10)
+        assert len(await store.entries(tenant, "op-500", None, 10)) == 1
+    # A look at every entry takes thousands.
+    assert steps < 50
 
 
 async def test_requests_do_not_wait_behind_reports(tmp_path: Path) -> None:

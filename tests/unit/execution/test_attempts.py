@@ -22,7 +22,7 @@ from sluice.metering.v1 import metering_service_pb2
 from tests.unit.execution.adapters.recorded import OPENAI_WHOLE, RECORDED, TEXT, events, openai_chunk
 from tests.unit.execution.examples import billing, candidate, conversation, heard, price, texts
 from tests.unit.execution.upstream import PATIENCE, Exchange, Reply, chunk, chunked, document, hangs
-from tests.unit.execution.world import World, outcomes, world
+from tests.unit.execution.world import World, attempts_of, outcomes, world
 
 OPENAI: Final = RECORDED["openai"]
 good: Final = document(OPENAI_WHOLE)
@@ -79,9 +79,9 @@ async def test_the_first_candidate_that_answers_is_the_last_that_is_asked(tmp_pa
     assert texts(answer) == TEXT
     assert answer.model == "c/m"
     expected = [("op/1", "a", "FAILED"), ("op/2", "b", "FAILED"), ("op/3", "c", "SUCCEEDED")]
-    assert outcomes(operation.attempts) == expected
-    assert [attempt.provider_status for attempt in operation.attempts] == [500, 529, 200]
-    assert [attempt.cost_nano_usd for attempt in operation.attempts] == [0, 0, COST]
+    assert outcomes(attempts_of(operation)) == expected
+    assert [attempt.provider_status for attempt in attempts_of(operation)] == [500, 529, 200]
+    assert [attempt.cost_nano_usd for attempt in attempts_of(operation)] == [0, 0, COST]
     assert (operation.cost, operation.price_version) == (COST, "p1")
     # The ledger hears of each attempt once, and which is the last.
     assert [(one.attempt_id, one.cost_nano_usd, one.is_final) for one in settled] == [
@@ -94,8 +94,8 @@ async def test_the_first_candidate_that_answers_is_the_last_that_is_asked(tmp_pa
     }
     assert settled[2].usage.input_token_count == 40
     # So does routing.
-    assert [report.model for report in made.reports] == ["a/m", "b/m", "c/m"]
-    assert made.reports[2].HasField("first_token_duration") == streaming
+    assert [report.record.model for report in made.reports] == ["a/m", "b/m", "c/m"]
+    assert bool(made.reports[2].first_token_ns) == streaming
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
@@ -161,8 +161,8 @@ async def test_a_provider_that_is_down_is_called_five_times_and_then_probed_once
             await operation.complete()
         assert made.asked("a") == 5
         assert made.asked("b") == 50
-        assert outcomes(operation.attempts) == [("op49/-", "a", "NOT_SENT"), ("op49/1", "b", "SUCCEEDED")]
-        assert operation.attempts[0].error_reason == error_reason_pb2.ERROR_REASON_BREAKER_OPEN
+        assert outcomes(attempts_of(operation)) == [("op49/-", "a", "NOT_SENT"), ("op49/1", "b", "SUCCEEDED")]
+        assert attempts_of(operation)[0].error_reason == error_reason_pb2.ERROR_REASON_BREAKER_OPEN
         made.clock.now += 36.0
         for _ in range(10):
             await made.operation("a", "b").complete()
@@ -215,7 +215,7 @@ async def test_a_stale_connection_gets_the_same_candidate_a_second_recorded_atte
         assert (made.asked("a"), made.asked("b")) == (3, 0)
         # A connection that was kept too long says nothing about the provider.
         assert [target.breaker._consecutive for target in made.targets] == [0]
-    assert outcomes(operation.attempts) == [("op/1", "a", "FAILED"), ("op/2", "a", "SUCCEEDED")]
+    assert outcomes(attempts_of(operation)) == [("op/1", "a", "FAILED"), ("op/2", "a", "SUCCEEDED")]
     assert [one.is_final for one in settled[1:]] == [False, True]
 
 
@@ -231,7 +231,7 @@ async def test_a_fresh_connection_that_dies_is_not_tried_again(tmp_path: Path, s
     async with world(tmp_path, a=resets, b=answering(streaming)) as made:
         operation, _ = await run(made, "a", "b", streaming=streaming)
         assert (made.asked("a"), made.asked("b")) == (1, 1)
-    assert outcomes(operation.attempts) == [("op/1", "a", "FAILED"), ("op/2", "b", "SUCCEEDED")]
+    assert outcomes(attempts_of(operation)) == [("op/1", "a", "FAILED"), ("op/2", "b", "SUCCEEDED")]
 
 
 async def test_a_stale_connection_of_the_last_candidate_does_not_end_the_operation(tmp_path: Path) -> None:
@@ -248,8 +248,8 @@ async def test_the_deadline_is_spent_across_the_attempts(tmp_path: Path, streami
     plan = [candidate("a", attempt_timeout=limit), candidate("b", attempt_timeout=limit), candidate("c")]
     async with world(tmp_path, a=hangs, b=hangs, c=answering(streaming)) as made:
         operation, _ = await run(made, streaming=streaming, candidates=plan, seconds=PATIENCE)
-    assert outcomes(operation.attempts) == [("op/1", "a", "FAILED"), ("op/2", "b", "FAILED"), ("op/3", "c", "SUCCEEDED")]
-    assert operation.attempts[0].error_reason == error_reason_pb2.ERROR_REASON_PROVIDER_TIMEOUT
+    assert outcomes(attempts_of(operation)) == [("op/1", "a", "FAILED"), ("op/2", "b", "FAILED"), ("op/3", "c", "SUCCEEDED")]
+    assert attempts_of(operation)[0].error_reason == error_reason_pb2.ERROR_REASON_PROVIDER_TIMEOUT
 
 
 async def test_no_attempt_is_sent_after_the_deadline(tmp_path: Path, streaming: bool) -> None:
@@ -281,7 +281,7 @@ async def test_the_last_candidate_has_all_the_time_that_is_left(tmp_path: Path) 
     plan = [candidate("a", attempt_timeout=Duration(nanos=50_000_000))]
     async with world(tmp_path, a=waits) as made:
         operation, _ = await run(made, streaming=False, candidates=plan)
-    assert outcomes(operation.attempts) == [("op/1", "a", "SUCCEEDED")]
+    assert outcomes(attempts_of(operation)) == [("op/1", "a", "SUCCEEDED")]
 
 
 @pytest.mark.parametrize("wire", [0, pb2.WIRE_FORMAT_OPENAI_CHAT])
@@ -303,7 +303,7 @@ async def test_after_the_first_token_no_other_candidate_is_tried(tmp_path: Path,
         assert len(seen) == 2
         [settled] = await made.settled()
     assert not isinstance(caught.value, AllFailed)
-    assert outcomes(operation.attempts) == [("op/1", "a", "BROKEN")]
+    assert outcomes(attempts_of(operation)) == [("op/1", "a", "BROKEN")]
     # What was produced is paid for, by our own count, and marked so.
     assert settled.usage.source == answer_pb2.USAGE_SOURCE_ESTIMATED
     assert (settled.usage.input_token_count, settled.usage.output_token_count) == (11, 1)
@@ -316,7 +316,7 @@ async def test_before_the_first_token_another_candidate_is_tried(tmp_path: Path)
     empty = chunked([])
     async with world(tmp_path, a=broken, b=empty, c=chunked([OPENAI.error]), d=streams) as made:
         operation, _ = await run(made, "a", "b", "c", "d", streaming=True)
-    assert [outcome for _, _, outcome in outcomes(operation.attempts)] == ["FAILED", "FAILED", "FAILED", "SUCCEEDED"]
+    assert [outcome for _, _, outcome in outcomes(attempts_of(operation))] == ["FAILED", "FAILED", "FAILED", "SUCCEEDED"]
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])
@@ -334,7 +334,7 @@ async def test_a_caller_that_leaves_a_stream_finds_it_settled_and_closed(tmp_pat
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
         # At once, not some turns of the loop later: the process may be about to end.
-        assert outcomes(operation.attempts) == [("op/1", "a", "CANCELLED")]
+        assert outcomes(attempts_of(operation)) == [("op/1", "a", "CANCELLED")]
         assert made.spool.backlog == 1
         [target] = made.targets
         assert target.breaker.in_flight == 0
@@ -519,7 +519,7 @@ async def test_embeddings_fall_back_too_and_are_estimated_when_they_report_nothi
         assert (list(embedded.vectors[0]), model) == ([0.5], "b/m")
         assert embedded.usage.source == answer_pb2.USAGE_SOURCE_ESTIMATED
         assert embedded.usage.input_token_count == 4
-        assert outcomes(operation.attempts) == [("op/1", "a", "FAILED"), ("op/2", "b", "SUCCEEDED")]
+        assert outcomes(attempts_of(operation)) == [("op/1", "a", "FAILED"), ("op/2", "b", "SUCCEEDED")]
         with pytest.raises(AttemptFailed) as caught:
             await made.operation("c", "b", kind=pb2.EmbedRequest).embed()
         assert caught.value.reason is Reason.PROVIDER_REJECTED

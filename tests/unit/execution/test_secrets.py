@@ -16,7 +16,7 @@ from sluice.execution.v1 import execution_service_pb2 as pb2
 from tests.unit.execution.adapters.recorded import RECORDED, Recorded
 from tests.unit.execution.examples import SECRET, embedding
 from tests.unit.execution.upstream import PATIENCE, Exchange, Script, chunked, document, pool_to, upstream, whole
-from tests.unit.execution.world import World, world
+from tests.unit.execution.world import World, attempts_of, world
 
 WORDS: Final = f"the key {SECRET} is not what we gave you"
 
@@ -89,7 +89,7 @@ async def test_no_error_has_the_key(tmp_path: Path, kind: str, caplog: pytest.Lo
                 await note(made, followed(streamed))
                 made.clock.now += 10_000
                 await note(made, made.operation("p", kind=pb2.EmbedRequest, operation_id=f"{name}/3").embed())
-                seen += [str(attempt) for attempt in (*whole_one.attempts, *streamed.attempts)]
+                seen += [str(attempt) for attempt in (*attempts_of(whole_one), *attempts_of(streamed))]
                 try:
                     await provider.embed(embedding("a"))
                 except Failure as failure:

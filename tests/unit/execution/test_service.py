@@ -65,6 +65,7 @@ async def test_a_whole_answer(tmp_path: Path) -> None:
     assert texts(response.answer) == TEXT
     assert (response.cost_nano_usd, response.price_version) == (COST, "p1")
     assert [attempt.attempt_id for attempt in response.attempts] == ["op/1"]
+    assert response.attempt_count == 1
 
 
 @pytest.mark.parametrize("wire", [pb2.WIRE_FORMAT_UNSPECIFIED, pb2.WIRE_FORMAT_OPENAI_CHAT, pb2.WIRE_FORMAT_ANTHROPIC_MESSAGES])
@@ -80,6 +81,22 @@ async def test_a_stream_is_opened_first_and_finished_last(tmp_path: Path, wire: 
     assert events[0].opened.is_wire == passes
     assert events[-1].finished.cost_nano_usd == COST
     assert texts(events[-1].finished.answer) == TEXT
+
+
+async def test_attempts_are_left_out_where_nobody_wants_them_and_counted_all_the_same(tmp_path: Path) -> None:
+    both = [candidate("broken"), candidate("a")]
+    async with world(
+        tmp_path, broken=document({"error": {}}, status=500), a=[document(OPENAI_WHOLE), chunked([RECORDED["openai"].stream])]
+    ) as made:
+        servicer = servicer_of(made)
+        whole = await servicer.Complete(request(candidates=both, omit_attempts=True), call())
+        asked = request(pb2.StreamCompleteRequest, operation_id="other", candidates=both, omit_attempts=True)
+        last = [event async for event in servicer.StreamComplete(asked, call())][-1]
+        assert len(await made.settled()) == 4
+    for finished in (whole, last.finished):
+        assert not finished.attempts
+        assert finished.attempt_count == 2
+        assert finished.cost_nano_usd == COST
 
 
 async def test_an_operation_runs_once(tmp_path: Path) -> None:

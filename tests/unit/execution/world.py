@@ -10,7 +10,7 @@ from typing import Any
 
 from services.execution.adapters.echo import EchoProvider
 from services.execution.adapters.openai import OpenAIProvider
-from services.execution.attempts import Operation, lost
+from services.execution.attempts import Operation, Tried, fill_attempt, lost
 from services.execution.breaker import Figures
 from services.execution.provider import Provider
 from services.execution.spool import Spool
@@ -39,7 +39,7 @@ class World:
         self.clock = Clock()
         self.targets = Targets(Figures(), self.clock)
         self.ledger: list[metering_service_pb2.Settlement] = []
-        self.reports: list[receipt_pb2.Attempt] = []
+        self.reports: list[Tried] = []
         self.servers: dict[str, Upstream] = {}
         self.spool = Spool(directory, self._post, group_seconds=0.0005, segment_bytes=1 << 20, most_bytes=1 << 24)
         self.spool.open(metering_service_pb2.Settlement.FromString, lost)
@@ -69,14 +69,12 @@ class World:
             **fields,
         }
         now = asyncio.get_running_loop().time
-        attempts = pb2.CompleteResponse().attempts
         return Operation(
             kind(**made),
             self.targets,
             self.spool,
             self.reports.append,
             now() + seconds,
-            attempts,
             now,
             first_byte_seconds=PATIENCE,
         )
@@ -113,6 +111,14 @@ async def world(directory: Path, **scripts: Script | Sequence[Script]) -> AsyncI
             poster.cancel()
             await asyncio.gather(poster, return_exceptions=True)
             made.spool.close()
+
+
+def attempts_of(operation: Operation) -> Sequence[receipt_pb2.Attempt]:
+    """What a receipt shows of it."""
+    attempts = pb2.CompleteResponse().attempts
+    for tried in operation.tried:
+        fill_attempt(attempts.add(), tried)
+    return attempts
 
 
 def outcomes(attempts: Sequence[receipt_pb2.Attempt]) -> list[tuple[str, str, str]]:

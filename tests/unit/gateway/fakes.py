@@ -305,6 +305,7 @@ class FakeExecution(Script):
         return execution_service_pb2.CompleteResponse(
             answer=self.answer,
             attempts=[receipt_pb2.Attempt(attempt_id=f"{request.operation_id}/1", model="a/one", provider="a")],
+            attempt_count=1,
             cost_nano_usd=self.cost,
             price_version="p1",
         )

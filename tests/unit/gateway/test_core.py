@@ -45,6 +45,25 @@ async def test_a_miss_goes_all_the_way_and_says_so_in_the_receipt() -> None:
     assert world.lines[-1]["output_tokens"] == 5
 
 
+@pytest.mark.parametrize(
+    ("view", "request_id", "omitted"),
+    [
+        (inference_service_pb2.RECEIPT_VIEW_UNSPECIFIED, "", False),
+        (inference_service_pb2.RECEIPT_VIEW_FULL, "", False),
+        (inference_service_pb2.RECEIPT_VIEW_NONE, "", True),
+        # Whoever joins by the id may want the receipt.
+        (inference_service_pb2.RECEIPT_VIEW_NONE, "one", False),
+    ],
+)
+async def test_attempts_are_asked_for_where_somebody_may_want_the_receipt(
+    view: inference_service_pb2.ReceiptView.ValueType, request_id: str, omitted: bool
+) -> None:
+    world = World()
+    await world.generate(generate(receipt_view=view, request_id=request_id))
+    assert [asked.omit_attempts for asked in world.execution.asked("Complete")] == [omitted]
+    assert world.lines[-1]["attempts"] == 1
+
+
 async def test_a_second_request_asks_neither_metering_nor_routing() -> None:
     world = World()
     await world.generate()

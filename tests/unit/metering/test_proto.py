@@ -142,8 +142,23 @@ def test_ids_are_required_and_bounded(field: str) -> None:
         setattr(message, field, value)
         with refused_field(field):
             entry_of(message)
-    setattr(message, field, "x" * 256)
-    assert getattr(entry_of(message), field) == "x" * 256
+    longest = "x" * 256
+    match field:
+        case "attempt_id":
+            longest = f"op-1/{'1' * 251}"
+        case "operation_id":
+            longest = "x" * 254
+            message.attempt_id = f"{longest}/1"
+    setattr(message, field, longest)
+    assert getattr(entry_of(message), field) == longest
+
+
+@pytest.mark.parametrize("attempt_id", ["op-1", "op-11/1", "op-/1", "other/1", "1", "/op-1/1"])
+def test_the_id_of_an_attempt_begins_with_its_operation(attempt_id: str) -> None:
+    message = settlement("op-1/1", 5)
+    message.attempt_id = attempt_id
+    with refused_field("attempt_id"):
+        entry_of(message)
 
 
 def _set(path: str, value: int) -> Callable[[metering_service_pb2.Settlement], None]:

@@ -83,10 +83,13 @@ class CompleteRequest(_message.Message):
     END_USER_HASH_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     INPUT_COUNT_FIELD_NUMBER: _builtins.int
+    OMIT_ATTEMPTS_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """Operation this belongs to; attempt ids are derived from it. Required."""
     end_user_hash: _builtins.str
     """Hash of the application's user name, for providers that want one. Empty: none."""
+    omit_attempts: _builtins.bool
+    """Leave `attempts` out of the answer: nobody will ask for a receipt. `attempt_count` is there all the same."""
     @_builtins.property
     def conversation(self) -> _conversation_pb2.Conversation:
         """What to continue. Required; `max_output_tokens` is already clamped to the hold."""
@@ -117,10 +120,11 @@ class CompleteRequest(_message.Message):
         end_user_hash: _builtins.str = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         input_count: _receipt_pb2.TokenCount | None = ...,
+        omit_attempts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "conversation", b"conversation", "input_count", b"input_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "candidates", b"candidates", "conversation", b"conversation", "end_user_hash", b"end_user_hash", "input_count", b"input_count", "metadata", b"metadata", "operation_id", b"operation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "candidates", b"candidates", "conversation", b"conversation", "end_user_hash", b"end_user_hash", "input_count", b"input_count", "metadata", b"metadata", "omit_attempts", b"omit_attempts", "operation_id", b"operation_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -136,17 +140,20 @@ class CompleteResponse(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     COST_NANO_USD_FIELD_NUMBER: _builtins.int
     PRICE_VERSION_FIELD_NUMBER: _builtins.int
+    ATTEMPT_COUNT_FIELD_NUMBER: _builtins.int
     cost_nano_usd: _builtins.int
     """What the caller is charged, nano-dollars: the sum over the attempts."""
     price_version: _builtins.str
     """Price that the charge was made by."""
+    attempt_count: _builtins.int
+    """How many attempts there were."""
     @_builtins.property
     def answer(self) -> _answer_pb2.Answer:
         """The answer."""
 
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[_receipt_pb2.Attempt]:
-        """Every attempt, in order."""
+        """Every attempt, in order; none with `omit_attempts`."""
 
     def __init__(
         self,
@@ -155,10 +162,11 @@ class CompleteResponse(_message.Message):
         attempts: _abc.Iterable[_receipt_pb2.Attempt] | None = ...,
         cost_nano_usd: _builtins.int = ...,
         price_version: _builtins.str = ...,
+        attempt_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "attempts", b"attempts", "cost_nano_usd", b"cost_nano_usd", "price_version", b"price_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "attempt_count", b"attempt_count", "attempts", b"attempts", "cost_nano_usd", b"cost_nano_usd", "price_version", b"price_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -198,6 +206,7 @@ class StreamCompleteRequest(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     INPUT_COUNT_FIELD_NUMBER: _builtins.int
     ACCEPTED_WIRE_FIELD_NUMBER: _builtins.int
+    OMIT_ATTEMPTS_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """As in CompleteRequest."""
     end_user_hash: _builtins.str
@@ -206,6 +215,8 @@ class StreamCompleteRequest(_message.Message):
     """Format in which the caller would forward the answer unread. When the provider speaks it, pieces come as `wire`; otherwise,
     or with UNSPECIFIED, as `deltas`.
     """
+    omit_attempts: _builtins.bool
+    """As in CompleteRequest."""
     @_builtins.property
     def conversation(self) -> _conversation_pb2.Conversation:
         """As in CompleteRequest."""
@@ -237,10 +248,11 @@ class StreamCompleteRequest(_message.Message):
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         input_count: _receipt_pb2.TokenCount | None = ...,
         accepted_wire: Global___WireFormat.ValueType = ...,
+        omit_attempts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "conversation", b"conversation", "input_count", b"input_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_wire", b"accepted_wire", "billing", b"billing", "candidates", b"candidates", "conversation", b"conversation", "end_user_hash", b"end_user_hash", "input_count", b"input_count", "metadata", b"metadata", "operation_id", b"operation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_wire", b"accepted_wire", "billing", b"billing", "candidates", b"candidates", "conversation", b"conversation", "end_user_hash", b"end_user_hash", "input_count", b"input_count", "metadata", b"metadata", "omit_attempts", b"omit_attempts", "operation_id", b"operation_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -354,17 +366,20 @@ class CompletionFinished(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     COST_NANO_USD_FIELD_NUMBER: _builtins.int
     PRICE_VERSION_FIELD_NUMBER: _builtins.int
+    ATTEMPT_COUNT_FIELD_NUMBER: _builtins.int
     cost_nano_usd: _builtins.int
     """What the caller is charged, nano-dollars."""
     price_version: _builtins.str
     """Price that the charge was made by."""
+    attempt_count: _builtins.int
+    """How many attempts there were."""
     @_builtins.property
     def answer(self) -> _answer_pb2.Answer:
         """The whole answer; its message is empty when it grew past 4 MiB."""
 
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[_receipt_pb2.Attempt]:
-        """Every attempt, in order."""
+        """Every attempt, in order; none with `omit_attempts`."""
 
     def __init__(
         self,
@@ -373,10 +388,11 @@ class CompletionFinished(_message.Message):
         attempts: _abc.Iterable[_receipt_pb2.Attempt] | None = ...,
         cost_nano_usd: _builtins.int = ...,
         price_version: _builtins.str = ...,
+        attempt_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "attempts", b"attempts", "cost_nano_usd", b"cost_nano_usd", "price_version", b"price_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "attempt_count", b"attempt_count", "attempts", b"attempts", "cost_nano_usd", b"cost_nano_usd", "price_version", b"price_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
