@@ -86,15 +86,8 @@ class SharedTier(Protocol):
     async def get(self, partition: str, namespace: str, key: bytes) -> tuple[bytes, float] | None:
         """The value and the Unix time at which it ends; None when it isn't there or can't be had in time."""
 
-    def put(self, partition: str, namespace: str, key: bytes, value: SharedValue, size: int, expire: float) -> bool:
-        """Queues a write of `size` bytes; False when it was dropped."""
+    def put(self, partition: str, namespace: str, key: bytes, value: bytes, expire: float) -> bool:
+        """Queues a write; False when it was dropped."""
 
     async def purge(self, tenant: str, partition: str, namespace: str) -> None:
         """Removes a tenant's entries from the bucket and from all replicas' memories."""
-
-
-class SharedValue(Protocol):
-    """A value that is serialised when its turn comes, off the path of requests. A protobuf message is one."""
-
-    def SerializeToString(self) -> bytes:
-        """The value as bytes."""

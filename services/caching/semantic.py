@@ -38,9 +38,8 @@ class Waiting:
     key: bytes
     namespace: str
     text: str
-    payload: Callable[[], bytes]
-    """Gives the answer as bytes, off the path."""
-    size: int
+    payload: bytes
+    """The answer."""
     create_time: float
     expire_time: float
 
@@ -96,10 +95,10 @@ class SemanticTier:
 
     def add(self, waiting: Waiting) -> bool:
         """Queues an answer; False when it was dropped."""
-        if len(self._queue) >= self._queue_entries or self._bytes + waiting.size > self._queue_bytes:
+        if len(self._queue) >= self._queue_entries or self._bytes + len(waiting.payload) > self._queue_bytes:
             return False
         self._queue.append(waiting)
-        self._bytes += waiting.size
+        self._bytes += len(waiting.payload)
         self._idle.clear()
         self._work.set()
         return True
@@ -113,7 +112,7 @@ class SemanticTier:
                 self._work.clear()
                 continue
             waiting = self._queue.popleft()
-            self._bytes -= waiting.size
+            self._bytes -= len(waiting.payload)
             self._current = waiting
             try:
                 async with asyncio.timeout(_STORE_SECONDS):
@@ -142,7 +141,7 @@ class SemanticTier:
 
         kept = deque(waiting for waiting in self._queue if not concerned(waiting))
         self._queue = kept
-        self._bytes = sum(waiting.size for waiting in kept)
+        self._bytes = sum(len(waiting.payload) for waiting in kept)
         if self._current is not None and concerned(self._current):
             self._current = None
         self._work.set()
@@ -186,7 +185,7 @@ def _record(waiting: Waiting, vector: Vector) -> Record:
         namespace=waiting.namespace,
         vector=vector,
         text=waiting.text,
-        payload=waiting.payload(),
+        payload=waiting.payload,
         create_time=waiting.create_time,
         expire_time=waiting.expire_time,
     )

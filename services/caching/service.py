@@ -30,10 +30,12 @@ from services.caching.semantic import SemanticTier, Waiting
 from services.caching.tickets import NO_SCOPE, Pending, Tickets
 from services.runtime.call import Call
 from services.runtime.errors import Failure, invalid, unavailable
+from services.runtime.status import status_from_failure
 from sluice.caching.v1 import caching_service_pb2 as pb2
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2, receipt_pb2
 
 DEFAULT_NAMESPACE: Final = "default"
+MAX_BATCH: Final = 100
 _NAMESPACE: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _MAX_TENANT: Final = 256
 _MAX_PURGES: Final = 10_000
@@ -178,6 +180,28 @@ class CachingServicer:
 
     async def Store(self, request: pb2.StoreRequest, call: Call) -> pb2.StoreResponse:
         """See the proto."""
+        response = pb2.StoreResponse()
+        self._store(request, response)
+        return response
+
+    async def BatchStore(self, request: pb2.BatchStoreRequest, call: Call) -> pb2.BatchStoreResponse:
+        """See the proto."""
+        count = len(request.requests)
+        if not 1 <= count <= MAX_BATCH:
+            raise invalid("requests", f"must have 1 to {MAX_BATCH} entries, got {count}")
+        response = pb2.BatchStoreResponse()
+        add = response.results.add
+        store = self._store
+        for one in request.requests:
+            result = add()
+            try:
+                store(one, result)
+            except Failure as failure:
+                result.status.CopyFrom(status_from_failure(failure))
+        return response
+
+    def _store(self, request: pb2.StoreRequest, response: pb2.StoreResponse | pb2.StoreResult) -> None:
+        """Stores an answer, says in `response` where. Raises Failure."""
         tenant = request.tenant_id
         if not tenant or len(tenant) > _MAX_TENANT:
             raise _bad_tenant(tenant)
@@ -187,14 +211,13 @@ class CachingServicer:
         refusal = refusal_to_store(entry.answer)
         if refusal is not None:
             raise NotStorable(refusal)
-        response = pb2.StoreResponse()
         ttl = ticket.ttl
         if request.HasField("ttl"):
             ttl = min(ttl, request.ttl.seconds + request.ttl.nanos / 1e9)
         namespace = ticket.namespace
         now = self._now()
         if ttl <= 0 or self._purged_since(tenant, namespace, ticket.create_time):
-            return response
+            return
         # As bytes: a message keeps the memory of the whole request that it came in, and of all that was parsed for it.
         payload = entry.SerializeToString()
         size = len(payload)
@@ -203,7 +226,7 @@ class CachingServicer:
         if size <= self._limits.entry_bytes:
             response.stored_exact = self._exact.put(ticket.key, payload, size, expire, (tenant, namespace))
             shared = self._shared
-            if shared is not None and not shared.put(self._partition(tenant), namespace, ticket.key, entry, size, expire):
+            if shared is not None and not shared.put(self._partition(tenant), namespace, ticket.key, payload, expire):
                 tally.dropped += 1
         if question is not None and self._semantic is not None and serves_other_words(entry.answer):
             if size <= self._limits.semantic_entry_bytes:
@@ -214,15 +237,13 @@ class CachingServicer:
                         key=ticket.key,
                         namespace=namespace,
                         text=question,
-                        payload=entry.SerializeToString,
-                        size=size,
+                        payload=payload,
                         create_time=now,
                         expire_time=expire,
                     )
                 )
             if not response.stored_semantic:
                 tally.dropped += 1
-        return response
 
     async def Purge(self, request: pb2.PurgeRequest, call: Call) -> pb2.PurgeResponse:
         """See the proto. Raises DEPENDENCY_UNAVAILABLE when the semantic tier can't be purged: try again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from datetime import timedelta
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Final
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 HITS: Final = frozenset((receipt_pb2.CACHE_STATUS_HIT_EXACT, receipt_pb2.CACHE_STATUS_HIT_SEMANTIC))
 _MAX_BATCH: Final = 500
+_MOST_STORES: Final = 100
+"""Of one call; the contract's bound."""
+_FULL_BATCH: Final = 512 * 1024
+"""Bytes of answers from which on a batch takes no further one: messages have a limit."""
 _COMPLETE: Final = frozenset((answer_pb2.FINISH_REASON_STOP, answer_pb2.FINISH_REASON_TOOL_CALLS))
 
 
@@ -136,16 +141,19 @@ def may_store(facts: Facts, answer: answer_pb2.Answer) -> bool:
     return finish in _COMPLETE
 
 
+_Waiting = tuple[str, bytes, answer_pb2.Answer, int, str, int, timedelta | None, int]
+"""Tenant, ticket, answer, its cost, operation, time of arrival (Unix ns), time to live, bytes of the answer."""
+
+
 class CacheWriter:
     """Stores answers behind the path."""
 
     def __init__(self, stub: CachingServiceAsyncStub, *, max_count: int, max_bytes: int, call_seconds: float) -> None:
-        self._store = stub.Store
+        self._store = stub.BatchStore
         self._max_count = max_count
         self._max_bytes = max_bytes
         self._call_seconds = call_seconds
-        self._queue: deque[tuple[caching_service_pb2.StoreRequest, int]] = deque()
-        """With the size of the answer in bytes."""
+        self._queue: deque[_Waiting] = deque()
         self._bytes = 0
         self._work = asyncio.Event()
         self.dropped_count = 0
@@ -159,20 +167,15 @@ class CacheWriter:
             return
         lookup = facts.lookup
         assert lookup is not None, "an answer is stored under the ticket of its lookup"
-        # Field by field, and now rather than by the worker: an intermediate form would cost as much as the message.
-        store = caching_service_pb2.StoreRequest()
-        store.tenant_id = facts.principal.tenant_id
-        store.ticket = lookup.ticket
-        cached = store.answer
-        cached.answer.CopyFrom(answer)
-        cached.cost_nano_usd = facts.cost
-        cached.operation_id = facts.operation_id
-        moment = cached.create_time
-        moment.seconds, moment.nanos = divmod(facts.receive_ns, 1_000_000_000)
         request = facts.request
+        ttl = None
         if request.HasField("cache") and request.cache.HasField("ttl"):
-            store.ttl.CopyFrom(request.cache.ttl)
-        self._queue.append((store, size))
+            ttl = request.cache.ttl.ToTimedelta()
+        # Only what is stored: the facts would keep the whole request until then. The message is made by the worker, which makes many in
+        # a row; here it would cost twice as much.
+        self._queue.append(
+            (facts.principal.tenant_id, lookup.ticket, answer, facts.cost, facts.operation_id, facts.receive_ns, ttl, size)
+        )
         self._bytes += size
         self._work.set()
 
@@ -186,12 +189,40 @@ class CacheWriter:
     async def flush(self) -> None:
         """Stores what is queued."""
         while self._queue:
-            request, size = self._queue.popleft()
-            self._bytes -= size
+            batch = self._batch()
             try:
-                await self._store(request, timeout=self._call_seconds)
+                response = await self._store(batch, timeout=self._call_seconds)
             except Failure:
-                self.failed_count += 1
+                self.failed_count += len(batch.requests)
+            else:
+                for result in response.results:
+                    if result.HasField("status"):
+                        self.failed_count += 1
+
+    def _batch(self) -> caching_service_pb2.BatchStoreRequest:
+        """Some of what is queued, which is not empty."""
+        queue = self._queue
+        batch = caching_service_pb2.BatchStoreRequest()
+        add = batch.requests.add
+        total = count = 0
+        while queue and count < _MOST_STORES and total < _FULL_BATCH:
+            tenant_id, ticket, answer, cost, operation_id, receive_ns, ttl, size = queue.popleft()
+            count += 1
+            total += size
+            # Field by field, where it stands: the constructor takes half as long again.
+            store = add()
+            store.tenant_id = tenant_id
+            store.ticket = ticket
+            cached = store.answer
+            cached.answer.CopyFrom(answer)
+            cached.cost_nano_usd = cost
+            cached.operation_id = operation_id
+            moment = cached.create_time
+            moment.seconds, moment.nanos = divmod(receive_ns, 1_000_000_000)
+            if ttl is not None:
+                store.ttl.FromTimedelta(ttl)
+        self._bytes -= total
+        return batch
 
 
 class HitBook:

@@ -38,13 +38,14 @@ def cost_of(
     images: int = 0,
 ) -> int:
     """Nano-dollars."""
-    plain = max(0, input_tokens - cached_tokens - cache_write_tokens)
-    shown = max(0, output_tokens - reasoning_tokens)
-    micro = (
-        plain * price.input
-        + max(0, cached_tokens) * (price.input if price.cached_input is None else price.cached_input)
-        + max(0, cache_write_tokens) * (price.input if price.cache_write is None else price.cache_write)
-        + shown * price.output
-        + max(0, reasoning_tokens) * (price.output if price.reasoning is None else price.reasoning)
-    )
-    return -(-micro // _MILLION) + max(0, images) * price.image + price.request
+    plain = input_tokens - cached_tokens - cache_write_tokens
+    shown = output_tokens - reasoning_tokens
+    micro = (plain * price.input if plain > 0 else 0) + (shown * price.output if shown > 0 else 0)
+    if cached_tokens > 0:
+        micro += cached_tokens * (price.input if price.cached_input is None else price.cached_input)
+    if cache_write_tokens > 0:
+        micro += cache_write_tokens * (price.input if price.cache_write is None else price.cache_write)
+    if reasoning_tokens > 0:
+        micro += reasoning_tokens * (price.output if price.reasoning is None else price.reasoning)
+    cost = -(-micro // _MILLION) + price.request
+    return cost + images * price.image if images > 0 else cost

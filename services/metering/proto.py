@@ -105,7 +105,7 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
     ):
         for field, value in zip(_IDS, (attempt_id, operation_id, tenant_id, project_id, key_id), strict=True):
             required(value, field)
-    if not attempt_id.startswith(operation_id) or attempt_id[len(operation_id) : len(operation_id) + 1] != "/":
+    if not attempt_id.startswith(f"{operation_id}/"):
         # By this the ledger finds the attempts of an operation.
         raise invalid("attempt_id", "must begin with the id of its operation and a slash")
     amount, saved = message.cost_nano_usd, message.saved_nano_usd

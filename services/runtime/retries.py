@@ -13,7 +13,7 @@ from typing import Any, Final
 
 IDEMPOTENT: Final[Mapping[str, frozenset[str]]] = MappingProxyType(
     {
-        "sluice.caching.v1.CachingService": frozenset({"Lookup", "Store", "Purge", "GetStats"}),
+        "sluice.caching.v1.CachingService": frozenset({"Lookup", "Store", "BatchStore", "Purge", "GetStats"}),
         "sluice.execution.v1.ExecutionService": frozenset({"ListProviders"}),
         "sluice.inference.v1.InferenceService": frozenset({"CountTokens", "ListModels", "Explain", "ReportOutcome"}),
         "sluice.jobs.v1.JobService": frozenset({"SubmitJob", "GetJob", "ListJobs", "CancelJob"}),

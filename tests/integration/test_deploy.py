@@ -590,7 +590,7 @@ async def use_the_shared_cache(one: Process, two: Process) -> None:
     async with working(tuple(tier.run for tier in tiers)):
         await eventually(lambda: all(tier.is_ready for tier in tiers), 20)
         acme, key = partition("acme"), b"k" * 32
-        assert tiers[0].put(acme, "default", key, answered(), 100, time.time() + 100)
+        assert tiers[0].put(acme, "default", key, answered().SerializeToString(), time.time() + 100)
         await eventually(lambda: tiers[1].knows(key), 20)
         assert await tiers[1].get(acme, "default", key) is not None
         await tiers[0].purge("acme", acme, "default")

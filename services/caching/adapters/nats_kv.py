@@ -23,7 +23,6 @@ from nats.aio.msg import Msg
 
 from services.caching.breaker import Breaker
 from services.caching.keys import KEY_BYTES
-from services.caching.ports import SharedValue
 from services.runtime.errors import Failure, unavailable
 from services.runtime.jetstream import KeyValue
 
@@ -59,8 +58,7 @@ class _Write(NamedTuple):
     partition: str
     namespace: str
     key: bytes
-    value: SharedValue
-    size: int
+    value: bytes
     expire: float
 
 
@@ -123,15 +121,16 @@ class NatsSharedTier:
         (expire,) = _EXPIRE.unpack_from(value)
         return value[_EXPIRE.size :], expire
 
-    def put(self, partition: str, namespace: str, key: bytes, value: SharedValue, size: int, expire: float) -> bool:
+    def put(self, partition: str, namespace: str, key: bytes, value: bytes, expire: float) -> bool:
         """See SharedTier."""
         settings = self._settings
+        size = len(value)
         if size > settings.max_entry_bytes:
             return False
         if len(self._queue) >= settings.queue_entries or self._bytes + size > settings.queue_bytes:
             self.dropped_count += 1
             return False
-        self._queue.append(_Write(partition, namespace, key, value, size, expire))
+        self._queue.append(_Write(partition, namespace, key, value, expire))
         self._bytes += size
         if not self._work.is_set():
             self._idle.clear()
@@ -142,7 +141,7 @@ class NatsSharedTier:
         """See SharedTier."""
         prefix = f"{partition}." if not namespace else f"{partition}.{_namespace(namespace)}."
         kept = deque(w for w in self._queue if w.partition != partition or namespace not in ("", w.namespace))
-        self._bytes = sum(write.size for write in kept)
+        self._bytes = sum(len(write.value) for write in kept)
         self._queue = kept
         client = self._client
         if client is None:
@@ -213,14 +212,14 @@ class NatsSharedTier:
             written: list[bytes] = []
             while self._queue and len(written) < _BATCH:
                 write = self._queue.popleft()
-                self._bytes -= write.size
+                self._bytes -= len(write.value)
                 left = write.expire - self._now()
                 if left < 1:
                     continue
                 try:
                     await client.publish(
                         f"$KV.{self._settings.bucket}.{_path(write.partition, write.namespace, write.key)}",
-                        _EXPIRE.pack(write.expire) + write.value.SerializeToString(),
+                        _EXPIRE.pack(write.expire) + write.value,
                         headers={"Nats-TTL": f"{int(left)}s"},
                     )
                 except (nats.errors.Error, OSError):

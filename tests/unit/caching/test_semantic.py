@@ -46,10 +46,9 @@ async def running(embedder: ScriptedEmbedder, clock: Clock) -> AsyncIterator[tup
         worker.cancel()
 
 
-def waiting(text: str, *, namespace: str = "default", size: int = 10, number: int = 1) -> Waiting:
-    return Waiting(
-        A, SCOPE, number.to_bytes(32, "big"), namespace, text, lambda: b"answer", size, 1_700_000_000.0, 1_700_000_100.0
-    )
+def waiting(text: str, *, namespace: str = "default", size: int = 6, number: int = 1) -> Waiting:
+    payload = b"answer" if size == 6 else bytes(size)
+    return Waiting(A, SCOPE, number.to_bytes(32, "big"), namespace, text, payload, 1_700_000_000.0, 1_700_000_100.0)
 
 
 async def test_a_stored_answer_is_found_by_a_near_question() -> None:

@@ -209,6 +209,30 @@ async def test_a_ticket_serves_its_tenant_only(tmp_path: Path) -> None:
                 await cache.Store(request, CALL)
 
 
+async def test_a_batch_stores_each_and_says_which_it_refused(tmp_path: Path) -> None:
+    async with running(ALONE, tmp_path) as cache:
+        questions = [f"What is {number}?" for number in range(4)]
+        tickets = [(await cache.Lookup(lookup(question), CALL)).ticket for question in questions]
+        stores = [storing(ticket, entry=answered(f"It is {number}.")) for number, ticket in enumerate(tickets)]
+        stores[1].tenant_id = "other"
+        stores[2].answer.answer.finish_reason = answer_pb2.FINISH_REASON_ERROR
+        results = (await cache.BatchStore(pb2.BatchStoreRequest(requests=stores), CALL)).results
+        assert [result.stored_exact for result in results] == [True, False, False, True]
+        codes = [result.status.code if result.HasField("status") else 0 for result in results]
+        assert codes == [0, TicketInvalid().code, NotStorable("").code, 0]
+        found = [(await cache.Lookup(lookup(question), CALL)).HasField("answer") for question in questions]
+        assert found == [True, False, False, True]
+
+
+@pytest.mark.parametrize("count", [0, 101])
+async def test_a_batch_has_bounds(tmp_path: Path, count: int) -> None:
+    async with running(ALONE, tmp_path) as cache:
+        with pytest.raises(Failure) as raised:
+            await cache.BatchStore(pb2.BatchStoreRequest(requests=[storing(b"")] * count), CALL)
+        assert raised.value.reason is Reason.REQUEST_INVALID
+        assert raised.value.metadata["field"] == "requests"
+
+
 async def test_times_can_only_be_shortened(tmp_path: Path) -> None:
     short = dataclasses.replace(ALONE, default=Namespace(ttl=1.0))
     async with running(short, tmp_path) as cache:

@@ -267,6 +267,7 @@ class FakeCaching(Script):
     def __init__(self) -> None:
         super().__init__()
         self.hit: caching_service_pb2.LookupResponse | None = None
+        self.stored = caching_service_pb2.StoreResult(stored_exact=True)
 
     async def Lookup(self, request: Any, call: Call) -> Any:
         await self.act("Lookup", request, call)
@@ -277,8 +278,11 @@ class FakeCaching(Script):
         )
 
     async def Store(self, request: Any, call: Call) -> Any:
-        await self.act("Store", request, call)
-        return caching_service_pb2.StoreResponse(stored_exact=True)
+        raise AssertionError("the gateway stores in batches")
+
+    async def BatchStore(self, request: Any, call: Call) -> Any:
+        await self.act("BatchStore", request, call)
+        return caching_service_pb2.BatchStoreResponse(results=[self.stored] * len(request.requests))
 
     async def Purge(self, request: Any, call: Call) -> Any:
         return caching_service_pb2.PurgeResponse()
@@ -419,6 +423,7 @@ class World:
             self.port, self.leases, clock, time.time, recheck_seconds=30.0, call_seconds=0.2, max_count=100
         )
         self.plans = Plans(routing_stub.Plan, clock, call_seconds=0.2, max_count=100)
+        self.caching_stub = caching_stub
         self.writer = CacheWriter(caching_stub, max_count=10, max_bytes=100_000, call_seconds=0.2)
         self.hits = HitBook(metering_stub, max_count=100, batch_seconds=0.01, call_seconds=0.2)
         self.voids = Voids(self.port, max_count=10, call_seconds=0.2)

@@ -8,11 +8,11 @@ import contextlib
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from services.gateway.cache import lookup_to_proto, may_store
+from services.gateway.cache import CacheWriter, lookup_to_proto, may_store
 from services.gateway.plans import Plan
 from services.gateway.principals import Principal
 from services.gateway.receipts import Facts
-from services.runtime.errors import Failure
+from services.runtime.errors import Code, Failure
 from sluice.caching.v1 import caching_service_pb2
 from sluice.inference.v1 import inference_service_pb2, receipt_pb2
 from sluice.routing.v1 import routing_service_pb2
@@ -25,6 +25,11 @@ def facts_of(*, ticket: bytes = b"t", **fields: object) -> Facts:
     facts.lookup = caching_service_pb2.LookupResponse(ticket=ticket)
     facts.plan = Plan(routing_service_pb2.PlanResponse(named_model=answer().model), (), 1e12)
     return facts
+
+
+def stored(world: World) -> list[caching_service_pb2.StoreRequest]:
+    """What the cache was asked to store."""
+    return [store for batch in world.caching.asked("BatchStore") for store in batch.requests]
 
 
 def test_the_lookup_has_everything_that_scopes_an_answer() -> None:
@@ -102,25 +107,50 @@ async def test_a_full_queue_drops_and_counts() -> None:
         world.writer.add(facts_of(), answer())
     assert world.writer.dropped_count == 2
     await world.writer.flush()
-    assert len(world.caching.asked("Store")) == 10
+    assert len(stored(world)) == 10
     world.writer.add(facts_of(), answer("x" * 200_000))
     assert world.writer.dropped_count == 3
 
 
 async def test_a_store_that_fails_is_counted_and_not_repeated() -> None:
     world = World()
-    world.caching.failures["Store"] = down("caching")
+    world.caching.failures["BatchStore"] = down("caching")
+    for _ in range(2):
+        world.writer.add(facts_of(), answer())
+    await world.writer.flush()
+    assert world.writer.failed_count == 2
+    assert len(stored(world)) == 2
+
+
+async def test_an_answer_that_is_refused_is_counted() -> None:
+    world = World()
+    world.caching.stored.status.code = Code.FAILED_PRECONDITION
     world.writer.add(facts_of(), answer())
     await world.writer.flush()
     assert world.writer.failed_count == 1
-    assert len(world.caching.asked("Store")) == 1
+
+
+async def test_stores_are_sent_many_at_once_in_messages_of_bounded_size() -> None:
+    world = World()
+    writer = CacheWriter(world.caching_stub, max_count=1000, max_bytes=100 << 20, call_seconds=5.0)
+    for number in range(250):
+        writer.add(facts_of(), answer(str(number)))
+    await writer.flush()
+    assert [len(batch.requests) for batch in world.caching.asked("BatchStore")] == [100, 100, 50]
+    assert [store.answer.answer.message.parts[0].text for store in stored(world)] == [str(number) for number in range(250)]
+    world.caching.calls.clear()
+    for _ in range(10):
+        writer.add(facts_of(), answer("x" * 300_000))
+    await writer.flush()
+    assert [len(batch.requests) for batch in world.caching.asked("BatchStore")] == [2] * 5
+    assert writer.failed_count == writer.dropped_count == 0
 
 
 async def test_the_ttl_is_passed_on() -> None:
     world = World()
     world.writer.add(facts_of(cache=inference_service_pb2.CacheWishes(ttl=Duration(seconds=9))), answer())
     await world.writer.flush()
-    assert world.caching.asked("Store")[0].ttl.seconds == 9
+    assert stored(world)[0].ttl.seconds == 9
 
 
 async def test_hits_wait_while_metering_is_down_and_are_posted_then() -> None:
@@ -151,7 +181,7 @@ async def test_the_workers_work() -> None:
     world.writer.add(facts_of(), answer())
     world.hits.add(facts_of())
     await asyncio.sleep(0.1)
-    assert world.caching.asked("Store")
+    assert stored(world)
     assert world.metering.asked("PostSettlements")
     for task in tasks:
         task.cancel()

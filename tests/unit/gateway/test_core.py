@@ -97,7 +97,7 @@ async def test_a_miss_is_stored_under_its_ticket() -> None:
     world.execution.cost = 5
     completion = await world.generate()
     await world.writer.flush()
-    (store,) = world.caching.asked("Store")
+    ((store,),) = [batch.requests for batch in world.caching.asked("BatchStore")]
     assert store.ticket == b"ticket"
     assert store.answer.cost_nano_usd == 5
     assert store.answer.operation_id == completion.operation_id

@@ -24,37 +24,44 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from sluice.inference.v1 import answer_pb2 as sluice_dot_inference_dot_v1_dot_answer__pb2
 from sluice.inference.v1 import conversation_pb2 as sluice_dot_inference_dot_v1_dot_conversation__pb2
 from sluice.inference.v1 import inference_service_pb2 as sluice_dot_inference_dot_v1_dot_inference__service__pb2
 from sluice.inference.v1 import receipt_pb2 as sluice_dot_inference_dot_v1_dot_receipt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'sluice/caching/v1/caching_service.proto\x12\x11sluice.caching.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a sluice/inference/v1/answer.proto\x1a&sluice/inference/v1/conversation.proto\x1a+sluice/inference/v1/inference_service.proto\x1a!sluice/inference/v1/receipt.proto\"\xfd\x01\n\rLookupRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x30\n\x06wishes\x18\x02 \x01(\x0b\x32 .sluice.inference.v1.CacheWishes\x12\x37\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32!.sluice.inference.v1.Conversation\x12\r\n\x05model\x18\x04 \x01(\t\x12\x16\n\x0epolicy_version\x18\x05 \x01(\t\x12\x30\n\ttask_type\x18\x06 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\x12\x15\n\rrouting_scope\x18\x07 \x01(\t\"\x85\x01\n\x0eLookupResponse\x12\x32\n\x07verdict\x18\x01 \x01(\x0b\x32!.sluice.inference.v1.CacheVerdict\x12/\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1f.sluice.caching.v1.CachedAnswer\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\"\x99\x01\n\x0c\x43\x61\x63hedAnswer\x12+\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1b.sluice.inference.v1.Answer\x12\x15\n\rcost_nano_usd\x18\x02 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0coperation_id\x18\x04 \x01(\t\"\x8a\x01\n\x0cStoreRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12/\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x1f.sluice.caching.v1.CachedAnswer\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\rStoreResponse\x12\x14\n\x0cstored_exact\x18\x01 \x01(\x08\x12\x17\n\x0fstored_semantic\x18\x02 \x01(\x08\"K\n\x0cPurgeRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"$\n\rPurgeResponse\x12\x13\n\x0b\x65ntry_count\x18\x01 \x01(\x03\"=\n\x0fGetStatsRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x02 \x01(\t\"\xcb\x01\n\x10GetStatsResponse\x12\x19\n\x11\x65xact_entry_count\x18\x01 \x01(\x03\x12\x1c\n\x14semantic_entry_count\x18\x02 \x01(\x03\x12\x18\n\x10\x65xact_byte_count\x18\x03 \x01(\x03\x12\x17\n\x0f\x65xact_hit_count\x18\x04 \x01(\x03\x12\x1a\n\x12semantic_hit_count\x18\x05 \x01(\x03\x12\x12\n\nmiss_count\x18\x06 \x01(\x03\x12\x1b\n\x13\x64ropped_write_count\x18\x07 \x01(\x03\x32\xcc\x02\n\x0e\x43\x61\x63hingService\x12M\n\x06Lookup\x12 .sluice.caching.v1.LookupRequest\x1a!.sluice.caching.v1.LookupResponse\x12J\n\x05Store\x12\x1f.sluice.caching.v1.StoreRequest\x1a .sluice.caching.v1.StoreResponse\x12J\n\x05Purge\x12\x1f.sluice.caching.v1.PurgeRequest\x1a .sluice.caching.v1.PurgeResponse\x12S\n\x08GetStats\x12\".sluice.caching.v1.GetStatsRequest\x1a#.sluice.caching.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'sluice/caching/v1/caching_service.proto\x12\x11sluice.caching.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a sluice/inference/v1/answer.proto\x1a&sluice/inference/v1/conversation.proto\x1a+sluice/inference/v1/inference_service.proto\x1a!sluice/inference/v1/receipt.proto\"\xfd\x01\n\rLookupRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x30\n\x06wishes\x18\x02 \x01(\x0b\x32 .sluice.inference.v1.CacheWishes\x12\x37\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32!.sluice.inference.v1.Conversation\x12\r\n\x05model\x18\x04 \x01(\t\x12\x16\n\x0epolicy_version\x18\x05 \x01(\t\x12\x30\n\ttask_type\x18\x06 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\x12\x15\n\rrouting_scope\x18\x07 \x01(\t\"\x85\x01\n\x0eLookupResponse\x12\x32\n\x07verdict\x18\x01 \x01(\x0b\x32!.sluice.inference.v1.CacheVerdict\x12/\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1f.sluice.caching.v1.CachedAnswer\x12\x0e\n\x06ticket\x18\x03 \x01(\x0c\"\x99\x01\n\x0c\x43\x61\x63hedAnswer\x12+\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1b.sluice.inference.v1.Answer\x12\x15\n\rcost_nano_usd\x18\x02 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0coperation_id\x18\x04 \x01(\t\"\x8a\x01\n\x0cStoreRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12/\n\x06\x61nswer\x18\x03 \x01(\x0b\x32\x1f.sluice.caching.v1.CachedAnswer\x12&\n\x03ttl\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\rStoreResponse\x12\x14\n\x0cstored_exact\x18\x01 \x01(\x08\x12\x17\n\x0fstored_semantic\x18\x02 \x01(\x08\"F\n\x11\x42\x61tchStoreRequest\x12\x31\n\x08requests\x18\x01 \x03(\x0b\x32\x1f.sluice.caching.v1.StoreRequest\"E\n\x12\x42\x61tchStoreResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.sluice.caching.v1.StoreResult\"`\n\x0bStoreResult\x12\x14\n\x0cstored_exact\x18\x01 \x01(\x08\x12\x17\n\x0fstored_semantic\x18\x02 \x01(\x08\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\"K\n\x0cPurgeRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x02 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\"$\n\rPurgeResponse\x12\x13\n\x0b\x65ntry_count\x18\x01 \x01(\x03\"=\n\x0fGetStatsRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x02 \x01(\t\"\xcb\x01\n\x10GetStatsResponse\x12\x19\n\x11\x65xact_entry_count\x18\x01 \x01(\x03\x12\x1c\n\x14semantic_entry_count\x18\x02 \x01(\x03\x12\x18\n\x10\x65xact_byte_count\x18\x03 \x01(\x03\x12\x17\n\x0f\x65xact_hit_count\x18\x04 \x01(\x03\x12\x1a\n\x12semantic_hit_count\x18\x05 \x01(\x03\x12\x12\n\nmiss_count\x18\x06 \x01(\x03\x12\x1b\n\x13\x64ropped_write_count\x18\x07 \x01(\x03\x32\xa7\x03\n\x0e\x43\x61\x63hingService\x12M\n\x06Lookup\x12 .sluice.caching.v1.LookupRequest\x1a!.sluice.caching.v1.LookupResponse\x12J\n\x05Store\x12\x1f.sluice.caching.v1.StoreRequest\x1a .sluice.caching.v1.StoreResponse\x12Y\n\nBatchStore\x12$.sluice.caching.v1.BatchStoreRequest\x1a%.sluice.caching.v1.BatchStoreResponse\x12J\n\x05Purge\x12\x1f.sluice.caching.v1.PurgeRequest\x1a .sluice.caching.v1.PurgeResponse\x12S\n\x08GetStats\x12\".sluice.caching.v1.GetStatsRequest\x1a#.sluice.caching.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sluice.caching.v1.caching_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOOKUPREQUEST']._serialized_start=282
-  _globals['_LOOKUPREQUEST']._serialized_end=535
-  _globals['_LOOKUPRESPONSE']._serialized_start=538
-  _globals['_LOOKUPRESPONSE']._serialized_end=671
-  _globals['_CACHEDANSWER']._serialized_start=674
-  _globals['_CACHEDANSWER']._serialized_end=827
-  _globals['_STOREREQUEST']._serialized_start=830
-  _globals['_STOREREQUEST']._serialized_end=968
-  _globals['_STORERESPONSE']._serialized_start=970
-  _globals['_STORERESPONSE']._serialized_end=1032
-  _globals['_PURGEREQUEST']._serialized_start=1034
-  _globals['_PURGEREQUEST']._serialized_end=1109
-  _globals['_PURGERESPONSE']._serialized_start=1111
-  _globals['_PURGERESPONSE']._serialized_end=1147
-  _globals['_GETSTATSREQUEST']._serialized_start=1149
-  _globals['_GETSTATSREQUEST']._serialized_end=1210
-  _globals['_GETSTATSRESPONSE']._serialized_start=1213
-  _globals['_GETSTATSRESPONSE']._serialized_end=1416
-  _globals['_CACHINGSERVICE']._serialized_start=1419
-  _globals['_CACHINGSERVICE']._serialized_end=1751
+  _globals['_LOOKUPREQUEST']._serialized_start=307
+  _globals['_LOOKUPREQUEST']._serialized_end=560
+  _globals['_LOOKUPRESPONSE']._serialized_start=563
+  _globals['_LOOKUPRESPONSE']._serialized_end=696
+  _globals['_CACHEDANSWER']._serialized_start=699
+  _globals['_CACHEDANSWER']._serialized_end=852
+  _globals['_STOREREQUEST']._serialized_start=855
+  _globals['_STOREREQUEST']._serialized_end=993
+  _globals['_STORERESPONSE']._serialized_start=995
+  _globals['_STORERESPONSE']._serialized_end=1057
+  _globals['_BATCHSTOREREQUEST']._serialized_start=1059
+  _globals['_BATCHSTOREREQUEST']._serialized_end=1129
+  _globals['_BATCHSTORERESPONSE']._serialized_start=1131
+  _globals['_BATCHSTORERESPONSE']._serialized_end=1200
+  _globals['_STORERESULT']._serialized_start=1202
+  _globals['_STORERESULT']._serialized_end=1298
+  _globals['_PURGEREQUEST']._serialized_start=1300
+  _globals['_PURGEREQUEST']._serialized_end=1375
+  _globals['_PURGERESPONSE']._serialized_start=1377
+  _globals['_PURGERESPONSE']._serialized_end=1413
+  _globals['_GETSTATSREQUEST']._serialized_start=1415
+  _globals['_GETSTATSREQUEST']._serialized_end=1476
+  _globals['_GETSTATSRESPONSE']._serialized_start=1479
+  _globals['_GETSTATSRESPONSE']._serialized_end=1682
+  _globals['_CACHINGSERVICE']._serialized_start=1685
+  _globals['_CACHINGSERVICE']._serialized_end=2108
 # @@protoc_insertion_point(module_scope)

@@ -3,10 +3,13 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.rpc import status_pb2 as _status_pb2
 from sluice.inference.v1 import answer_pb2 as _answer_pb2
 from sluice.inference.v1 import conversation_pb2 as _conversation_pb2
 from sluice.inference.v1 import inference_service_pb2 as _inference_service_pb2
@@ -207,6 +210,86 @@ class StoreResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StoreResponse: _TypeAlias = StoreResponse  # noqa: Y015
+
+@_typing.final
+class BatchStoreRequest(_message.Message):
+    """BatchStoreRequest stores answers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreRequest]:
+        """What to store. 1 to 100."""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___StoreRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchStoreRequest: _TypeAlias = BatchStoreRequest  # noqa: Y015
+
+@_typing.final
+class BatchStoreResponse(_message.Message):
+    """BatchStoreResponse has a result per request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoreResult]:
+        """In the order of the requests."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___StoreResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchStoreResponse: _TypeAlias = BatchStoreResponse  # noqa: Y015
+
+@_typing.final
+class StoreResult(_message.Message):
+    """StoreResult is what became of one answer of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STORED_EXACT_FIELD_NUMBER: _builtins.int
+    STORED_SEMANTIC_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    stored_exact: _builtins.bool
+    """As in StoreResponse."""
+    stored_semantic: _builtins.bool
+    """As in StoreResponse."""
+    @_builtins.property
+    def status(self) -> _status_pb2.Status:
+        """The fault; absent unless the answer was refused."""
+
+    def __init__(
+        self,
+        *,
+        stored_exact: _builtins.bool = ...,
+        stored_semantic: _builtins.bool = ...,
+        status: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status", "stored_exact", b"stored_exact", "stored_semantic", b"stored_semantic"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StoreResult: _TypeAlias = StoreResult  # noqa: Y015
 
 @_typing.final
 class PurgeRequest(_message.Message):

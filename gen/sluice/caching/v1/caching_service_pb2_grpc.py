@@ -46,6 +46,11 @@ class CachingServiceStub(object):
                 request_serializer=sluice_dot_caching_dot_v1_dot_caching__service__pb2.StoreRequest.SerializeToString,
                 response_deserializer=sluice_dot_caching_dot_v1_dot_caching__service__pb2.StoreResponse.FromString,
                 _registered_method=True)
+        self.BatchStore = channel.unary_unary(
+                '/sluice.caching.v1.CachingService/BatchStore',
+                request_serializer=sluice_dot_caching_dot_v1_dot_caching__service__pb2.BatchStoreRequest.SerializeToString,
+                response_deserializer=sluice_dot_caching_dot_v1_dot_caching__service__pb2.BatchStoreResponse.FromString,
+                _registered_method=True)
         self.Purge = channel.unary_unary(
                 '/sluice.caching.v1.CachingService/Purge',
                 request_serializer=sluice_dot_caching_dot_v1_dot_caching__service__pb2.PurgeRequest.SerializeToString,
@@ -78,6 +83,13 @@ class CachingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchStore(self, request, context):
+        """Stores many answers, each as Store does: one that is refused keeps no other out. Best effort. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Purge(self, request, context):
         """Removes entries of one tenant. Idempotent.
         """
@@ -104,6 +116,11 @@ def add_CachingServiceServicer_to_server(servicer, server):
                     servicer.Store,
                     request_deserializer=sluice_dot_caching_dot_v1_dot_caching__service__pb2.StoreRequest.FromString,
                     response_serializer=sluice_dot_caching_dot_v1_dot_caching__service__pb2.StoreResponse.SerializeToString,
+            ),
+            'BatchStore': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchStore,
+                    request_deserializer=sluice_dot_caching_dot_v1_dot_caching__service__pb2.BatchStoreRequest.FromString,
+                    response_serializer=sluice_dot_caching_dot_v1_dot_caching__service__pb2.BatchStoreResponse.SerializeToString,
             ),
             'Purge': grpc.unary_unary_rpc_method_handler(
                     servicer.Purge,
@@ -172,6 +189,33 @@ class CachingService(object):
             '/sluice.caching.v1.CachingService/Store',
             sluice_dot_caching_dot_v1_dot_caching__service__pb2.StoreRequest.SerializeToString,
             sluice_dot_caching_dot_v1_dot_caching__service__pb2.StoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sluice.caching.v1.CachingService/BatchStore',
+            sluice_dot_caching_dot_v1_dot_caching__service__pb2.BatchStoreRequest.SerializeToString,
+            sluice_dot_caching_dot_v1_dot_caching__service__pb2.BatchStoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

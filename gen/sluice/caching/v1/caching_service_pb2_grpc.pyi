@@ -41,6 +41,8 @@ class CachingServiceStub:
     """
     Store: _grpc.UnaryUnaryMultiCallable[_caching_service_pb2.StoreRequest, _caching_service_pb2.StoreResponse]
     """Stores an answer under the ticket of its lookup. Best effort: may be dropped under load. Idempotent."""
+    BatchStore: _grpc.UnaryUnaryMultiCallable[_caching_service_pb2.BatchStoreRequest, _caching_service_pb2.BatchStoreResponse]
+    """Stores many answers, each as Store does: one that is refused keeps no other out. Best effort. Idempotent."""
     Purge: _grpc.UnaryUnaryMultiCallable[_caching_service_pb2.PurgeRequest, _caching_service_pb2.PurgeResponse]
     """Removes entries of one tenant. Idempotent."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_caching_service_pb2.GetStatsRequest, _caching_service_pb2.GetStatsResponse]
@@ -59,6 +61,8 @@ class CachingServiceAsyncStub(CachingServiceStub):
     """
     Store: _aio.UnaryUnaryMultiCallable[_caching_service_pb2.StoreRequest, _caching_service_pb2.StoreResponse]  # type: ignore[assignment]
     """Stores an answer under the ticket of its lookup. Best effort: may be dropped under load. Idempotent."""
+    BatchStore: _aio.UnaryUnaryMultiCallable[_caching_service_pb2.BatchStoreRequest, _caching_service_pb2.BatchStoreResponse]  # type: ignore[assignment]
+    """Stores many answers, each as Store does: one that is refused keeps no other out. Best effort. Idempotent."""
     Purge: _aio.UnaryUnaryMultiCallable[_caching_service_pb2.PurgeRequest, _caching_service_pb2.PurgeResponse]  # type: ignore[assignment]
     """Removes entries of one tenant. Idempotent."""
     GetStats: _aio.UnaryUnaryMultiCallable[_caching_service_pb2.GetStatsRequest, _caching_service_pb2.GetStatsResponse]  # type: ignore[assignment]
@@ -86,6 +90,14 @@ class CachingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_caching_service_pb2.StoreResponse, _abc.Awaitable[_caching_service_pb2.StoreResponse]]:
         """Stores an answer under the ticket of its lookup. Best effort: may be dropped under load. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def BatchStore(
+        self,
+        request: _caching_service_pb2.BatchStoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_caching_service_pb2.BatchStoreResponse, _abc.Awaitable[_caching_service_pb2.BatchStoreResponse]]:
+        """Stores many answers, each as Store does: one that is refused keeps no other out. Best effort. Idempotent."""
 
     @_abc_1.abstractmethod
     def Purge(

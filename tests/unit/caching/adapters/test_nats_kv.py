@@ -62,8 +62,13 @@ async def replica(name: str, port: int, settings: Settings = SETTINGS) -> AsyncI
             await asyncio.wait([worker])
 
 
-def put(tier: NatsSharedTier, key: bytes = KEY, *, namespace: str = "default", seconds: float = 100, size: int = 100) -> bool:
-    return tier.put(ACME, namespace, key, answered(), size, time.time() + seconds)
+VALUE = answered().SerializeToString()
+
+
+def put(
+    tier: NatsSharedTier, key: bytes = KEY, *, namespace: str = "default", seconds: float = 100, value: bytes = VALUE
+) -> bool:
+    return tier.put(ACME, namespace, key, value, time.time() + seconds)
 
 
 @pytest.fixture
@@ -81,7 +86,7 @@ async def test_another_replica_hears_of_a_key_and_reads_it(port: int) -> None:
         await eventually(lambda: two.tier.knows(KEY))
         found = await two.tier.get(ACME, "default", KEY)
         assert found is not None
-        assert found[0] == answered().SerializeToString()
+        assert found[0] == VALUE
         assert found[1] == pytest.approx(before + 100, abs=1)
         assert not one.tier.knows(KEY), "its own keys are in its own memory"
         assert await two.tier.get(partition("other"), "default", KEY) is None
@@ -122,13 +127,13 @@ async def test_a_purge_takes_one_namespace_everywhere(port: int) -> None:
 
 async def test_writes_are_dropped_and_counted_when_too_many_wait() -> None:
     async with replica("one", free_port()) as one:
-        accepted = [put(one.tier, number.to_bytes(32, "big"), size=100) for number in range(150)]
+        accepted = [put(one.tier, number.to_bytes(32, "big")) for number in range(150)]
         assert accepted.count(True) == 100
         assert one.tier.dropped_count == 50
     async with replica("two", free_port()) as two:
-        assert put(two.tier, size=100_000)
-        assert not put(two.tier, size=100_001)
-        assert [put(two.tier, size=100_000) for _ in range(20)].count(True) == 9
+        assert put(two.tier, value=bytes(100_000))
+        assert not put(two.tier, value=bytes(100_001))
+        assert [put(two.tier, value=bytes(100_000)) for _ in range(20)].count(True) == 9
 
 
 async def test_known_keys_are_bounded(port: int) -> None:
