@@ -362,18 +362,21 @@ class Operation:
                     self._dropped(attempt, self._partial(0) if self.input_count and attempt.gate.passed else None, error)
                     raise
                 attempt.target.breaker.succeeded()
-                self._account(completed.answer)
-                attempt.end_well(completed.answer.usage)
+                answer = completed.answer
+                usage = answer.usage
+                self._account(answer, usage)
+                attempt.end_well(usage)
                 return completed
         raise self._exhausted()
 
-    def _account(self, answer: answer_pb2.Answer) -> None:
-        """Fills in usage that the provider did not report."""
-        usage = answer.usage
-        if usage.source != answer_pb2.USAGE_SOURCE_UNSPECIFIED and not _is_possible(usage):
+    def _account(self, answer: answer_pb2.Answer, usage: answer_pb2.Usage) -> None:
+        """Fills in `usage`, the answer's, where the provider did not report it."""
+        source = usage.source
+        if source and not _is_possible(usage):
             # Numbers that can't be: the ledger would refuse them, and what was spent would never be booked.
             usage.Clear()
-        if usage.source == answer_pb2.USAGE_SOURCE_UNSPECIFIED:
+            source = answer_pb2.USAGE_SOURCE_UNSPECIFIED
+        if not source:
             usage.input_token_count = self.input_count
             usage.output_token_count = _estimated_output(answer)
             usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
@@ -461,9 +464,10 @@ class Operation:
                     # Not before this many more bytes can there be too many.
                     look_at = produced.size + (limit - tokens) * _BYTES_PER_TOKEN
                 piece = await anext(pieces)
-            self._account(piece.answer)
+            usage = piece.answer.usage
+            self._account(piece.answer, usage)
             attempt.target.breaker.succeeded()
-            attempt.end_well(piece.answer.usage)
+            attempt.end_well(usage)
             yield piece
         except StopAsyncIteration:
             failure = AttemptFailed(Reason.PROVIDER_STREAM_BROKEN, "the provider's stream ended before its answer did")
@@ -588,15 +592,14 @@ async def _closed(pieces: AsyncIterator[Any]) -> None:
 
 
 def _is_possible(usage: answer_pb2.Usage) -> bool:
-    counts = (
-        usage.input_token_count,
-        usage.cached_input_token_count,
-        usage.cache_write_token_count,
-        usage.output_token_count,
-        usage.reasoning_token_count,
-        usage.image_count,
+    return (
+        0 <= usage.input_token_count <= _MOST_TOKENS
+        and 0 <= usage.output_token_count <= _MOST_TOKENS
+        and 0 <= usage.cached_input_token_count <= _MOST_TOKENS
+        and 0 <= usage.cache_write_token_count <= _MOST_TOKENS
+        and 0 <= usage.reasoning_token_count <= _MOST_TOKENS
+        and 0 <= usage.image_count <= _MOST_TOKENS
     )
-    return min(counts) >= 0 and max(counts) <= _MOST_TOKENS
 
 
 def _estimated_output(answer: answer_pb2.Answer) -> int:

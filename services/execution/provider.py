@@ -44,7 +44,9 @@ class Completed:
 
     answer: Any
     """`sluice.inference.v1.Answer` with usage; its usage's source is UNSPECIFIED when the provider reported none."""
-    status: int = 200
+    reply: Any = None
+    """CompleteResponse whose `answer` it is, with nothing else in it: an adapter that makes the answer there saves the copy. None: the answer
+    stands alone."""
 
 
 @dataclass(frozen=True, slots=True)

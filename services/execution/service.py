@@ -149,8 +149,10 @@ class ExecutionServicer:
             raise _costed(failure, operation) from None
         finally:
             self._end(operation.id)
-        response = pb2.CompleteResponse()
-        response.answer.CopyFrom(completed.answer)
+        response: pb2.CompleteResponse | None = completed.reply
+        if response is None:
+            response = pb2.CompleteResponse()
+            response.answer.CopyFrom(completed.answer)
         response.attempt_count = len(operation.tried)
         if not request.omit_attempts:
             _fill_attempts(response.attempts, operation)

@@ -68,6 +68,9 @@ def chained(previous: bytes, entry: Entry) -> bytes:
 class PostState(enum.Enum):
     """What became of a settlement."""
 
+    # Members are alike only to themselves; the inherited hash of their name runs Python, once for every settlement.
+    __hash__ = object.__hash__
+
     POSTED = "posted"
     DUPLICATE = "duplicate"
 

@@ -12,15 +12,13 @@ from services.tokenization.conversation import Conversation, Picture, Role, Tool
 from services.tokenization.counting import Count, Method
 from sluice.inference.v1 import conversation_pb2, receipt_pb2
 
-_ROLES: Final = MappingProxyType(
-    {
-        conversation_pb2.ROLE_SYSTEM: Role.SYSTEM,
-        conversation_pb2.ROLE_USER: Role.USER,
-        conversation_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
-        conversation_pb2.ROLE_TOOL: Role.TOOL,
-        conversation_pb2.ROLE_DEVELOPER: Role.DEVELOPER,
-    }
-)
+_ROLES: Final[dict[int, Role]] = {
+    conversation_pb2.ROLE_SYSTEM: Role.SYSTEM,
+    conversation_pb2.ROLE_USER: Role.USER,
+    conversation_pb2.ROLE_ASSISTANT: Role.ASSISTANT,
+    conversation_pb2.ROLE_TOOL: Role.TOOL,
+    conversation_pb2.ROLE_DEVELOPER: Role.DEVELOPER,
+}
 
 _METHODS: Final = MappingProxyType(
     {
@@ -35,22 +33,21 @@ _PNG: Final = b"\x89PNG\r\n\x1a\n"
 
 def conversation_from_proto(message: conversation_pb2.Conversation) -> Conversation:
     """The conversation; raises Failure (REQUEST_INVALID) for a turn without a role."""
-    turns = []
-    for index, given in enumerate(message.messages):
+    turns: list[Turn] = []
+    for given in message.messages:
         role = _ROLES.get(given.role)
         if role is None:
-            raise invalid(f"conversation.messages[{index}].role", "must be set")
+            raise invalid(f"conversation.messages[{len(turns)}].role", "must be set")
         parts = given.parts
         if len(parts) == 1 and (part := parts[0]).HasField("text"):
             turns.append(Turn(role, part.text, given.name))
         else:
             turns.append(_turn(role, given, parts))
-    tools = message.tools
-    if not tools and not message.HasField("response_format"):
+    if len(message.ListFields()) <= 1:
         return Conversation(tuple(turns))
     return Conversation(
         tuple(turns),
-        tuple([Tool(tool.name, tool.description, tool.parameters_json_schema) for tool in tools]),
+        tuple([Tool(tool.name, tool.description, tool.parameters_json_schema) for tool in message.tools]),
         message.response_format.json_schema,
     )
 
