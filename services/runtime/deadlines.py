@@ -26,7 +26,8 @@ def bounded(work: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
 
 def waited(work: Any, pending: Any, deadline: float, what: str) -> Generator[Any, Any, Any]:
     """Goes on with `work`, which has made its first step and waits for `pending`, until `deadline`, then Failure DEADLINE_EXCEEDED."""
-    task = asyncio.current_task()
+    # A future knows its loop; asking which one is running costs a system call.
+    task = asyncio.current_task(None if pending is None else pending.get_loop())
     assert task is not None, "a call needs a running task"
     watch = _Watch(task, deadline)
     try:
