@@ -19,21 +19,22 @@ ENTRY_OVERHEAD: Final = 1024
 
 
 class _Group:
-    __slots__ = ("keys", "weight")
+    __slots__ = ("keys", "owner", "weight")
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Owner) -> None:
+        self.owner = owner
         self.keys: set[bytes] = set()
         self.weight = 0
 
 
 class _Entry(Generic[Value]):
-    __slots__ = ("expire", "owner", "value", "weight")
+    __slots__ = ("expire", "group", "value", "weight")
 
-    def __init__(self, value: Value, expire: float, weight: int, owner: Owner) -> None:
+    def __init__(self, value: Value, expire: float, weight: int, group: _Group) -> None:
         self.value = value
         self.expire = expire
         self.weight = weight
-        self.owner = owner
+        self.group = group
 
 
 class ExactTier(Generic[Value]):
@@ -68,11 +69,11 @@ class ExactTier(Generic[Value]):
             return False
         if key in self._entries:
             self._remove(key)
-        self._entries[key] = _Entry(value, expire, weight, owner)
         try:
             group = self._groups[owner[0]][owner[1]]
         except KeyError:
-            group = self._groups.setdefault(owner[0], {})[owner[1]] = _Group()
+            group = self._groups.setdefault(owner[0], {})[owner[1]] = _Group(owner)
+        self._entries[key] = _Entry(value, expire, weight, group)
         group.keys.add(key)
         group.weight += weight
         self.weight += weight
@@ -109,12 +110,12 @@ class ExactTier(Generic[Value]):
     def _remove(self, key: bytes) -> None:
         entry = self._entries.pop(key)
         self.weight -= entry.weight
-        tenant, namespace = entry.owner
-        group = self._groups[tenant][namespace]
+        group = entry.group
         group.keys.discard(key)
         group.weight -= entry.weight
         if not group.keys:
             # Namespaces are the callers' words: empty ones must not pile up.
+            tenant, namespace = group.owner
             del self._groups[tenant][namespace]
             if not self._groups[tenant]:
                 del self._groups[tenant]
