@@ -30,8 +30,8 @@ HITS: Final = frozenset((receipt_pb2.CACHE_STATUS_HIT_EXACT, receipt_pb2.CACHE_S
 _MAX_BATCH: Final = 500
 _MOST_STORES: Final = 100
 """Of one call; the contract's bound."""
-_FULL_BATCH: Final = 512 * 1024
-"""Bytes of answers from which on a batch takes no further one: messages have a limit."""
+_MOST_BATCH_BYTES: Final = 512 * 1024
+"""Of the answers of one call, unless there is but one."""
 _COMPLETE: Final = frozenset((answer_pb2.FINISH_REASON_STOP, answer_pb2.FINISH_REASON_TOOL_CALLS))
 
 
@@ -205,7 +205,8 @@ class CacheWriter:
         batch = caching_service_pb2.BatchStoreRequest()
         add = batch.requests.add
         total = count = 0
-        while queue and count < _MOST_STORES and total < _FULL_BATCH:
+        # A large answer goes alone, so that it takes no other with it should it be too large for a message.
+        while queue and count < _MOST_STORES and (not count or total + queue[0][-1] <= _MOST_BATCH_BYTES):
             tenant_id, ticket, answer, cost, operation_id, receive_ns, ttl, size = queue.popleft()
             count += 1
             total += size
