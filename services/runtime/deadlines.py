@@ -49,11 +49,13 @@ def waited(work: Any, pending: Any, deadline: float, what: str) -> Generator[Any
 
 
 _NEAR_SECONDS: Final = 1.0
+_FAR_SECONDS: Final = 600.0
+"""A slot stays until its time. Were there no end to them, callers with ever other deadlines could have any number made, for years."""
 _SLOTS_PER_SECOND: Final = 32
 
 
 class _Watch:
-    """Cancels a task at a deadline. Deadlines that are more than a second away may be kept up to 1/32 s late: then those of many calls share
+    """Cancels a task at a deadline. Deadlines from a second to some minutes away may be kept up to 1/32 s late: then those of many calls share
     a timer of the loop, and a call costs it nothing; to set and cancel a timer of its own takes longer than many a handler.
     """
 
@@ -65,7 +67,7 @@ class _Watch:
         self._slot: set[_Watch] | None = None
         self.expired = False
         loop = task.get_loop()
-        if deadline - loop.time() < _NEAR_SECONDS:
+        if not _NEAR_SECONDS <= deadline - loop.time() <= _FAR_SECONDS:
             self._timer = loop.call_at(deadline, self.expire)
         else:
             slots = _latest if _latest.loop is loop else _slots_of(loop)

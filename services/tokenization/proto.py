@@ -43,7 +43,7 @@ def conversation_from_proto(message: conversation_pb2.Conversation) -> Conversat
             turns.append(Turn(role, part.text, given.name))
         else:
             turns.append(_turn(role, given, parts))
-    if len(message.ListFields()) <= 1:
+    if turns and len(message.ListFields()) == 1:
         return Conversation(tuple(turns))
     return Conversation(
         tuple(turns),

@@ -676,8 +676,8 @@ class SqliteStore:
             values.append(tenant_id)
         if operation_id:
             # Every id of an attempt is `<operation>/...`, and "0" comes after "/".
-            where.append("attempt_id > ? AND attempt_id < ?")
-            values += [f"{operation_id}/", f"{operation_id}0"]
+            where.append("attempt_id > ? AND attempt_id < ? AND operation_id = ?")
+            values += [f"{operation_id}/", f"{operation_id}0", operation_id]
         wanted = f"WHERE {' AND '.join(where)}" if where else ""
         statement = f"SELECT sequence, {_ENTRY_COLUMNS} FROM journal {wanted} ORDER BY sequence DESC LIMIT ?"
         return await self._reported(

@@ -39,6 +39,7 @@ async def test_what_waits_ends_at_its_deadline_and_not_before(seconds: float) ->
     failures = await asyncio.gather(*slow, return_exceptions=True)
     assert [failure.reason for failure in failures if isinstance(failure, Failure)] == [Reason.DEADLINE_EXCEEDED] * 20
     assert min(ends) >= seconds - 0.002
+    assert max(ends) < seconds + 0.2
     assert all(not task.cancelling() for task in slow)
 
 
@@ -52,6 +53,17 @@ async def test_far_deadlines_of_one_moment_share_a_timer_and_leave_nothing_behin
         task.cancel()
     assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True))
     assert sum(map(len, slots.values())) == 0
+
+
+async def test_deadlines_that_are_very_far_make_no_slots() -> None:
+    """A slot stays until its time, and callers of gRPC choose theirs."""
+    tasks = [within(after(60), 10_000.0 * (number + 1)) for number in range(100)]
+    await asyncio.sleep(0)
+    latest = deadlines._latest
+    assert latest.loop is not asyncio.get_running_loop() or not latest._slots
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def test_what_ends_at_once_needs_no_watch() -> None:

@@ -296,6 +296,23 @@ async def test_what_only_looks_like_the_head_before_is_refused_as_ever(data: byt
             assert await client.is_closed()
 
 
+@pytest.mark.parametrize("opening", [b"\r\n", b"\r\n\r\n", b"x" * 76 + b"\r\n\r\n"])
+@on_both_loops
+async def test_line_ends_behind_a_body_do_not_make_its_begin_a_part_of_the_head(opening: bytes) -> None:
+    """llhttp skips them. Taken for the end of the body they would make the next request's body end in the request behind it."""
+    async with listening() as site:
+        client = await site.client()
+        body = opening + b"a" * 20
+        assert (await client.ask(same_head(body) + b"\r\n" * (len(opening) // 2))).body == b"POST /echo?a=b " + body
+        other = same_head(b"of another")
+        # All of one request and the begin of the next in one read, as long as the first was with its line ends.
+        body = opening + b"b" * 20
+        await client.send(same_head(body) + other[: len(opening)])
+        await asyncio.sleep(0.01)
+        await client.send(other[len(opening) :])
+        assert [(await client.answer()).body for _ in range(2)] == [b"POST /echo?a=b " + body, b"POST /echo?a=b of another"]
+
+
 @on_both_loops
 async def test_heads_that_differ_each_time_are_not_remembered_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     remembered: list[bytes] = []
