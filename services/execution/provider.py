@@ -33,7 +33,7 @@ class Prompt:
     metadata: Mapping[str, str]
     accepted_wire: int
     """`WireFormat` that may be passed through unread; 0: none."""
-    gate: Callable[[], None] = ungated
+    gate: Callable[[], None]
     """To be called right before the first byte goes to the provider: the attempt must be on record by then. Raises SpoolFull: then nothing
     may be sent."""
 
@@ -60,7 +60,7 @@ class EmbeddingPrompt:
     deadline: float
     end_user_hash: str
     metadata: Mapping[str, str]
-    gate: Callable[[], None] = ungated
+    gate: Callable[[], None]
     """See Prompt."""
 
 

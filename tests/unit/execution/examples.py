@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
-from services.execution.provider import Completed, EmbeddingPrompt, Prompt
+from services.execution.provider import Completed, EmbeddingPrompt, Prompt, ungated
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, conversation_pb2
 from sluice.metering.v1 import price_pb2
@@ -38,13 +38,13 @@ def prompt(
 ) -> Prompt:
     """A call with a deadline `seconds` from now."""
     ends = asyncio.get_running_loop().time() + seconds
-    return Prompt("upstream-model", "catalogue/model", talk or conversation(), most, ends, user, metadata or {}, wire)
+    return Prompt("upstream-model", "catalogue/model", talk or conversation(), most, ends, user, metadata or {}, wire, ungated)
 
 
 def embedding(*texts: str, dimensions: int | None = None) -> EmbeddingPrompt:
     """An embedding call."""
     ends = asyncio.get_running_loop().time() + PATIENCE
-    return EmbeddingPrompt("upstream-model", "catalogue/model", texts, dimensions, ends, "", {})
+    return EmbeddingPrompt("upstream-model", "catalogue/model", texts, dimensions, ends, "", {}, ungated)
 
 
 def price(version: str = "p1", *, per_request: int = 0) -> price_pb2.Price:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Final
 
 import orjson
 import pytest
 
-from services.execution.errors import AttemptFailed
+from services.execution.errors import AttemptFailed, SpoolFull
 from services.runtime.errors import Reason
 from sluice.inference.v1 import answer_pb2, conversation_pb2
 from tests.unit.execution.adapters.recorded import RECORDED, TEXT, THOUGHT, Adapter, Recorded
-from tests.unit.execution.examples import SECRET, conversation, heard, prompt, said, texts
+from tests.unit.execution.examples import SECRET, conversation, embedding, heard, prompt, said, texts
 from tests.unit.execution.upstream import (
     PATIENCE,
     Exchange,
@@ -298,3 +299,22 @@ async def test_arguments_of_an_earlier_call_need_not_be_json_for_openai_alone(re
             with pytest.raises(AttemptFailed) as caught:
                 await provider.complete(prompt(talk))
             assert caught.value.reason is Reason.REQUEST_INVALID
+
+
+@pytest.mark.parametrize("call", ["complete", "stream", "embed"])
+async def test_nothing_is_sent_that_the_gate_holds_back(recorded: Recorded, call: str) -> None:
+    def held_back() -> None:
+        raise SpoolFull
+
+    async with playing(recorded, document(recorded.whole)) as (provider, server):
+        # AttemptFailed: Anthropic makes no embeddings.
+        with pytest.raises((SpoolFull, AttemptFailed)):
+            match call:
+                case "complete":
+                    await provider.complete(replace(prompt(), gate=held_back))
+                case "stream":
+                    await heard(provider.stream(replace(prompt(), gate=held_back)))
+                case _:
+                    await provider.embed(replace(embedding("a"), gate=held_back))
+        await asyncio.sleep(0.02)
+        assert not server.exchanges
