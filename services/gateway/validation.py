@@ -148,14 +148,6 @@ def check_conversation(conversation: conversation_pb2.Conversation, max_bytes: i
     shape.conversation = conversation
     shape.message_count = count
     for index, message in enumerate(messages):
-        if message.role == _USER and not message.name:
-            parts = message.parts
-            if len(parts) == 1 and (part := parts[0]).HasField("text"):
-                # What most turns are; the same as in `_check_message`, without the way there.
-                text = part.text
-                if text:
-                    shape.last_user_text = text
-                continue
         _check_message(message, index, shape)
     if len(fields) == 1:
         shape.is_plain = not shape.has_names

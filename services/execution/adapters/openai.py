@@ -111,12 +111,7 @@ def request_of(prompt: Prompt, *, streaming: bool, limit_field: str = "max_compl
     conversation: conversation_pb2.Conversation = prompt.conversation
     messages: list[dict[str, Any]] = []
     for message in conversation.messages:
-        parts = message.parts
-        if len(parts) == 1 and (part := parts[0]).HasField("text") and not message.name:
-            # What most turns are; the same as in `message_of`, without the way there.
-            messages.append({"role": _ROLES[message.role], "content": part.text})
-        else:
-            messages += message_of(message)
+        messages += message_of(message)
     body: dict[str, Any] = {"model": prompt.upstream_model, "messages": messages}
     if prompt.max_output_tokens:
         body[limit_field] = prompt.max_output_tokens
