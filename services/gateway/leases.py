@@ -31,6 +31,8 @@ _FAST_SECONDS: Final = 1.0
 """A slice that was used up faster is followed by a larger one."""
 _SLOW_SECONDS: Final = 10.0
 """And one that lasted longer by a smaller one."""
+_STILL_SECONDS: Final = 0.1
+"""A call that ends later than this after its time: the process stood still, and the answer may lie there unread."""
 _MAX_FACTOR: Final = 64
 
 
@@ -344,7 +346,7 @@ class Leases:
         if wish is None or wish.lease_id != lease.lease_id:
             wish = lease.pending = self._wish(lease, needed_money)
         try:
-            grant = await self._metering.acquire(wish, timeout=timeout)
+            grant = await self._acquire(wish, timeout)
         except Failure as failure:
             if failure.reason in _OUTAGES:
                 now = self._clock()
@@ -360,6 +362,16 @@ class Leases:
         lease.pending = None
         lease.failed_until = 0.0
         self._apply(lease, wish, grant)
+
+    async def _acquire(self, wish: LeaseWish, timeout: float) -> Grant:
+        start = self._clock()
+        try:
+            return await self._metering.acquire(wish, timeout=timeout)
+        except Failure as failure:
+            if failure.reason is not Reason.DEADLINE_EXCEEDED or self._clock() < start + timeout + _STILL_SECONDS:
+                raise
+        # That says nothing about metering. For it, a wish sent again is the same wish.
+        return await self._metering.acquire(wish, timeout=timeout)
 
     def _wish(self, lease: Lease, needed_money: int) -> LeaseWish:
         sizes = self._sizes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -213,6 +214,22 @@ async def test_a_hanging_metering_costs_its_budget_once_a_second() -> None:
     with pytest.raises(Failure):
         await world.leases.admit_waiting("key-1", 1, 5.0)
     assert world.loop.time() - began < 0.5
+
+
+async def test_a_process_that_stood_still_asks_again_instead_of_refusing() -> None:
+    world = World()
+    world.metering.delays["AcquireLease"] = 0.3
+
+    def stand_still() -> None:
+        world.metering.delays.clear()
+        time.sleep(0.5)
+
+    world.loop.call_later(0.01, stand_still)
+    lease = await world.leases.admit_waiting("key-1", 1, 5.0)
+    assert lease.in_flight == 1
+    first, second = world.metering.asked("AcquireLease")
+    assert first == second
+    assert world.leases.renewal_failure_count == 0
 
 
 async def test_everything_is_returned_at_the_end() -> None:
