@@ -93,7 +93,7 @@ class Spool:
         self._bytes = 0
         self._open: dict[str, _Segment] = {}
         self._unposted: deque[tuple[Any, _Segment]] = deque()
-        self._waiting: list[tuple[int, Record, Begun | None]] = []
+        self._waiting: list[tuple[bytes, Record, Begun | None]] = []
         """To be written before anything is sent, and at the end of this turn of the loop at the latest."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
@@ -166,7 +166,10 @@ class Spool:
         return segment
 
     def _append(self, data: bytes) -> _Segment:
+        """Raises OSError or SpoolFull."""
         segment = self._segments[-1]
+        if segment.descriptor < 0:
+            raise SpoolFull
         if segment.size >= self._segment_bytes:
             segment = self._next_segment()
         written = os.write(segment.descriptor, data)
@@ -185,9 +188,13 @@ class Spool:
         try:
             segment = self._append(_framed(_SETTLE, record))
         except (OSError, SpoolFull):
-            segment = self._segments[-1]
             self.failure_count += 1
+            segment = self._segment_of(record)
         self._take_settled(record, segment)
+
+    def _segment_of(self, record: Record) -> _Segment:
+        """Where a settlement that can't be written is counted: its start stays on disk until it is posted."""
+        return self._open.get(record.attempt_id, self._segments[-1])
 
     def _take_settled(self, record: Record, segment: _Segment) -> None:
         segment.waiting += 1
@@ -210,15 +217,20 @@ class Spool:
         if self._bytes > self._most_bytes:
             raise SpoolFull
         begun = Begun(self)
-        self._soon(_START, record, begun)
+        self._soon(_framed(_START, record), record, begun)
         return begun
 
     def end(self, record: Record) -> None:
         """As `settle`, but by one `write` for all of the same turn of the loop. It is done before anything that passes the process's
         barrier leaves it."""
-        self._soon(_SETTLE, record, None)
+        try:
+            frame = _framed(_SETTLE, record)
+        except SpoolFull:
+            self.settle(record)
+        else:
+            self._soon(frame, record, None)
 
-    def _soon(self, kind: int, record: Record, begun: Begun | None) -> None:
+    def _soon(self, frame: bytes, record: Record, begun: Begun | None) -> None:
         group = self._waiting
         if not group:
             loop = self._loop
@@ -226,24 +238,24 @@ class Spool:
                 # Kept: asking which one is running costs a system call.
                 loop = self._loop = asyncio.get_running_loop()
             loop.call_soon(self.write)
-        group.append((kind, record, begun))
+        group.append((frame, record, begun))
 
     def write(self) -> None:
-        """Writes what waits."""
+        """Writes what waits. Never raises: what can't be written is told to who began it, and what ended is kept in memory."""
         group = self._waiting
         if not group:
             return
         self._waiting = []
         failure: SpoolFull | None = None
         try:
-            segment = self._append(b"".join([_framed(kind, record) for kind, record, _ in group]))
+            segment = self._append(b"".join([frame for frame, _, _ in group]))
         except (OSError, SpoolFull) as error:
             failure = error if isinstance(error, SpoolFull) else SpoolFull()
             segment = self._segments[-1]
             self.failure_count += 1
         for _, record, begun in group:
             if begun is None:
-                self._take_settled(record, segment)
+                self._take_settled(record, segment if failure is None else self._segment_of(record))
             elif failure is None:
                 segment.waiting += 1
                 self._open[record.attempt_id] = segment
@@ -291,9 +303,13 @@ class Spool:
             return
         self._segments.remove(segment)
         self._bytes -= segment.size
-        if segment.descriptor >= 0:
-            os.close(segment.descriptor)
-        segment.path.unlink(missing_ok=True)
+        try:
+            if segment.descriptor >= 0:
+                os.close(segment.descriptor)
+            segment.path.unlink(missing_ok=True)
+        except OSError:
+            # The next start reads it again; the ledger takes no settlement twice.
+            self.failure_count += 1
 
     async def flush(self, seconds: float) -> bool:
         """Waits until everything is posted; False when that took longer than `seconds`. `run` must be running."""
@@ -305,23 +321,25 @@ class Spool:
         return not self._unposted
 
     def close(self) -> None:
-        """Closes the files; those that are done with are removed, the others wait for the next start."""
+        """Closes the files; those that are done with are removed, the others wait for the next start. Nothing is written from then on."""
         self.write()
-        if self._segments and not self._segments[-1].waiting:
-            last = self._segments.pop()
-            os.close(last.descriptor)
-            last.path.unlink(missing_ok=True)
         for segment in self._segments:
             if segment.descriptor >= 0:
-                os.fsync(segment.descriptor)
+                if segment.waiting:
+                    os.fsync(segment.descriptor)
                 os.close(segment.descriptor)
-        self._segments.clear()
+                segment.descriptor = -1
+        if self._segments and not self._segments[-1].waiting:
+            self._segments[-1].path.unlink(missing_ok=True)
         if self._lock is not None:
             self._lock.close()
 
 
 def _framed(kind: int, record: Record) -> bytes:
+    """Raises SpoolFull when it is larger than a reader takes."""
     payload = record.SerializeToString()
+    if len(payload) > _LARGEST:
+        raise SpoolFull
     return _HEADER.pack(len(payload), zlib.crc32(payload), kind) + payload
 
 

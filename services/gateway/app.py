@@ -115,9 +115,10 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
                     await around.hits.flush()
             await leases.give_back_all(budgets.background)
 
+        servicer = InferenceService(core, clock, max_seconds=config.edge.max_deadline)
         yield Service(
             name=NAME,
-            bindings=(Binding(InferenceService(core), inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"]),),
+            bindings=(Binding(servicer, inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"]),),
             pings={"routing": ping_routing},
             workers=(
                 leases.refill_forever,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final, cast
 
 from services.gateway.core import Completion, Core, Opened, Principal
@@ -23,15 +23,18 @@ class InferenceService:
     `x-sluice-cache-namespace`. From anybody else these are not read.
     """
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, clock: Callable[[], float], *, max_seconds: float) -> None:
+        """No call is given longer than `max_seconds`, whatever its deadline: what it holds of a budget is others' meanwhile."""
         self._core = core
+        self._clock = clock
+        self._max_seconds = max_seconds
 
     async def Generate(
         self, request: inference_service_pb2.GenerateRequest, call: Call
     ) -> inference_service_pb2.GenerateResponse:
         """As the contract says."""
         principal = await self._principal(call)
-        completion = await self._core.generate(principal, request, deadline=call.deadline, forward=call.forward)
+        completion = await self._core.generate(principal, request, deadline=self._deadline(call), forward=call.forward)
         response = inference_service_pb2.GenerateResponse(
             operation_id=completion.operation_id, answer=completion.answer, cost_nano_usd=completion.cost_nano_usd
         )
@@ -46,7 +49,7 @@ class InferenceService:
         principal = await self._principal(call)
         # The two requests have the same fields under the same names, by contract; the core reads names only.
         wanted = cast(inference_service_pb2.GenerateRequest, request)
-        events = self._core.stream(principal, wanted, accepted_wire=0, deadline=call.deadline, forward=call.forward)
+        events = self._core.stream(principal, wanted, accepted_wire=0, deadline=self._deadline(call), forward=call.forward)
         try:
             async for event in events:
                 if isinstance(event, execution_service_pb2.DeltaBatch):
@@ -64,28 +67,28 @@ class InferenceService:
     async def Embed(self, request: inference_service_pb2.EmbedRequest, call: Call) -> inference_service_pb2.EmbedResponse:
         """As the contract says."""
         principal = await self._principal(call)
-        return await self._core.embed(principal, request, deadline=call.deadline, forward=call.forward)
+        return await self._core.embed(principal, request, deadline=self._deadline(call), forward=call.forward)
 
     async def CountTokens(
         self, request: inference_service_pb2.CountTokensRequest, call: Call
     ) -> inference_service_pb2.CountTokensResponse:
         """As the contract says."""
         principal = await self._principal(call)
-        return await self._core.count_tokens(principal, request, deadline=call.deadline, forward=call.forward)
+        return await self._core.count_tokens(principal, request, deadline=self._deadline(call), forward=call.forward)
 
     async def ListModels(
         self, request: inference_service_pb2.ListModelsRequest, call: Call
     ) -> inference_service_pb2.ListModelsResponse:
         """As the contract says."""
         principal = await self._principal(call)
-        return await self._core.list_models(principal, request, deadline=call.deadline, forward=call.forward)
+        return await self._core.list_models(principal, request, deadline=self._deadline(call), forward=call.forward)
 
     async def Explain(self, request: inference_service_pb2.ExplainRequest, call: Call) -> inference_service_pb2.ExplainResponse:
         """As the contract says."""
         principal = await self._principal(call)
         if not request.HasField("request"):
             raise invalid("request", "is required")
-        return await self._core.explain(principal, request, deadline=call.deadline, forward=call.forward)
+        return await self._core.explain(principal, request, deadline=self._deadline(call), forward=call.forward)
 
     async def ReportOutcome(
         self, request: inference_service_pb2.ReportOutcomeRequest, call: Call
@@ -93,6 +96,9 @@ class InferenceService:
         """As the contract says."""
         principal = await self._principal(call)
         return await self._core.report_outcome(principal, request)
+
+    def _deadline(self, call: Call) -> float:
+        return min(call.deadline, self._clock() + self._max_seconds)
 
     async def _principal(self, call: Call) -> Principal:
         if call.caller.kind is CallerKind.SERVICE and "x-sluice-tenant" in call.metadata:

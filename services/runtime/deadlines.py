@@ -59,30 +59,35 @@ class _Watch:
     a timer of the loop, and a call costs it nothing; to set and cancel a timer of its own takes longer than many a handler.
     """
 
-    __slots__ = ("_slot", "_task", "_timer", "expired")
+    __slots__ = ("_slot", "_timer", "deadline", "expired", "task")
 
     def __init__(self, task: asyncio.Task[Any], deadline: float) -> None:
-        self._task = task
+        self.task = task
+        self.deadline = deadline
         self._timer: asyncio.TimerHandle | None = None
-        self._slot: set[_Watch] | None = None
+        self._slot: dict[_Watch, None] | None = None
         self.expired = False
         loop = task.get_loop()
         if not _NEAR_SECONDS <= deadline - loop.time() <= _FAR_SECONDS:
             self._timer = loop.call_at(deadline, self.expire)
         else:
             slots = _latest if _latest.loop is loop else _slots_of(loop)
-            self._slot = slot = slots.at(deadline)
-            slot.add(self)
+            self.move(slots.at(deadline))
+
+    def move(self, slot: dict[_Watch, None]) -> None:
+        """Puts it into a slot, which expires it."""
+        self._slot = slot
+        slot[self] = None
 
     def expire(self) -> None:
         """The time is over."""
         self.expired = True
-        self._task.cancel()
+        self.task.cancel()
 
     def end(self) -> None:
         """It is no longer waited for."""
         if self._slot is not None:
-            self._slot.discard(self)
+            self._slot.pop(self, None)
         elif self._timer is not None:
             self._timer.cancel()
 
@@ -92,21 +97,34 @@ class _Slots:
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
         self.loop = loop
-        self._slots: dict[int, set[_Watch]] = {}
+        self._slots: dict[int, dict[_Watch, None]] = {}
 
-    def at(self, deadline: float) -> set[_Watch]:
+    def at(self, deadline: float) -> dict[_Watch, None]:
         """The slot that ends at or just after `deadline`."""
-        number = int(deadline * _SLOTS_PER_SECOND) + 1
+        return self._numbered(int(deadline * _SLOTS_PER_SECOND) + 1)
+
+    def _numbered(self, number: int) -> dict[_Watch, None]:
         slot = self._slots.get(number)
         if slot is None:
             assert self.loop is not None, "made for a loop"
-            slot = self._slots[number] = set()
+            slot = self._slots[number] = {}
             self.loop.call_at(number / _SLOTS_PER_SECOND, self._end, number)
         return slot
 
     def _end(self, number: int) -> None:
-        for watch in self._slots.pop(number):
-            watch.expire()
+        watches = self._slots.pop(number)
+        tasks = set()
+        for watch in sorted(watches, key=_deadline):
+            if watch.task in tasks:
+                # Of a call around that call: ended at once, too, it would make the inner one's end look like a cancellation.
+                watch.move(self._numbered(number + 1))
+            else:
+                tasks.add(watch.task)
+                watch.expire()
+
+
+def _deadline(watch: _Watch) -> float:
+    return watch.deadline
 
 
 _latest = _Slots(None)

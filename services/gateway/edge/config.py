@@ -51,7 +51,12 @@ class EdgeConfig:
     default_deadline: float = setting(
         300.0, "Time for a request that doesn't set x-sluice-timeout, all attempts together", unit="s", minimum=0.05
     )
-    max_deadline: float = setting(3600.0, "Longest time that x-sluice-timeout may ask for", unit="s", minimum=0.05)
+    max_deadline: float = setting(
+        3600.0,
+        "Longest time for a request: x-sluice-timeout may not ask for more, and no gRPC call gets more",
+        unit="s",
+        minimum=0.05,
+    )
     drain_timeout: float = setting(
         4.0, "Time for requests in flight to end when the process stops; then they are cut off", unit="s", minimum=0.0
     )

@@ -836,7 +836,13 @@ class Listener:
 
     def _flush(self) -> None:
         connections, self._unsent = self._unsent, []
-        self.barrier()
+        try:
+            self.barrier()
+        except BaseException:
+            # Better no answer, for which the client asks again, than one whose cost nobody has written down.
+            for connection in connections:
+                connection.abort()
+            raise
         for connection in connections:
             try:
                 connection.hand_over()

@@ -451,15 +451,16 @@ async def test_a_start_stands_before_its_settlement_though_no_gate_was_passed(tm
     assert files(tmp_path / "one") == []
 
 
+def full(descriptor: int, data: bytes) -> int:
+    """A write to a disk that is full."""
+    raise OSError(28, "No space left on device")
+
+
 async def test_a_full_spool_refuses_what_begins_and_keeps_what_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger()
     spool = spool_at(tmp_path, ledger)
     spool.open(parse, lost)
     spool.begin(settlement("running"))()
-
-    def full(descriptor: int, data: bytes) -> int:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(os, "write", full)
     refused = spool.begin(settlement("refused"))
     spool.end(settlement("running", 1, 7))
@@ -471,3 +472,63 @@ async def test_a_full_spool_refuses_what_begins_and_keeps_what_ends(tmp_path: Pa
     await drained(spool)
     assert ledger.ids() == {"running": 1}
     spool.close()
+
+
+async def test_a_settlement_that_cannot_be_written_leaves_its_start_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until it is posted: else a crash would forget the attempt altogether."""
+    ledger = Ledger()
+    spool = spool_at(tmp_path, ledger, segment_bytes=32)
+    spool.open(parse, lost)
+    spool.begin(settlement("op/1"))()
+    # The next record opens a second file: nothing but the settlement keeps the first.
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        spool.settle(settlement("op/1"))
+    spool.begin(settlement("op/2"))()
+    assert any(b"op/1" in path.read_bytes() for path in files(tmp_path))
+    spool.close()
+    again = spool_at(tmp_path, ledger)
+    assert again.open(parse, lost) == 2
+    await drained(again)
+    assert set(ledger.ids()) == {"op/1", "op/2"}
+    again.close()
+
+
+async def test_one_record_that_cannot_be_written_costs_the_others_of_its_turn_nothing(tmp_path: Path) -> None:
+    ledger = Ledger()
+    spool = spool_at(tmp_path, ledger)
+    spool.open(parse, lost)
+    huge = settlement("op/2")
+    huge.model = "m" * (1 << 20)
+    with pytest.raises(SpoolFull):
+        spool.begin(huge)
+    gates = [spool.begin(settlement("op/1")), spool.begin(settlement("op/3"))]
+    spool.end(settlement("op/1"))
+    spool.end(huge)
+    spool.end(settlement("op/3"))
+    for gate in gates:
+        gate()
+    assert spool.backlog == 3
+    await drained(spool)
+    assert set(ledger.ids()) == {"op/1", "op/2", "op/3"}
+    spool.close()
+
+
+async def test_a_closed_spool_opens_no_gate_and_keeps_what_it_has(tmp_path: Path) -> None:
+    ledger = Ledger()
+    spool = spool_at(tmp_path, ledger, segment_bytes=32)
+    spool.open(parse, lost)
+    spool.begin(settlement("op/1"))()
+    spool.close()
+    gate = spool.begin(settlement("op/2"))
+    with pytest.raises(SpoolFull):
+        gate()
+    spool.end(settlement("op/1"))
+    spool.write()
+    spool.settle(settlement("op/1"))
+    again = spool_at(tmp_path, ledger)
+    assert again.open(parse, lost) == 1
+    assert again.backlog == 1
+    again.close()

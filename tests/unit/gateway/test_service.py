@@ -16,12 +16,14 @@ from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from tests.unit.gateway.fakes import SECRET, World, generate
 
 KEY = (("authorization", f"Bearer {SECRET}"),)
+_MAX_SECONDS = 20.0
 ACTING = (("x-sluice-tenant", "globex"), ("x-sluice-project", "p"), ("x-sluice-key", "key-9"))
 
 
 def stub(world: World, caller: Caller = ANONYMOUS) -> Any:
     """A stub to the servicer."""
-    binding = Binding(InferenceService(world.core), inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"])
+    servicer = InferenceService(world.core, world.loop.time, max_seconds=_MAX_SECONDS)
+    binding = Binding(servicer, inference_service_pb2.DESCRIPTOR.services_by_name["InferenceService"])
     table = build_table([binding], ())
     channel: Any = InprocChannel(lambda: table, caller)
     return InferenceServiceStub(channel)
@@ -33,6 +35,15 @@ async def test_generate_answers_with_a_receipt() -> None:
     assert response.answer.message.parts[0].text == "hi"
     assert response.receipt.operation_id == response.operation_id
     assert response.receipt.tenant_id == "acme"
+
+
+@pytest.mark.parametrize(("asked", "given"), [(5.0, 5.0), (1e8, _MAX_SECONDS)])
+async def test_a_call_gets_its_own_time_but_no_more_than_the_longest(asked: float, given: float) -> None:
+    world = World()
+    began = world.loop.time()
+    await stub(world).Generate(generate(), metadata=KEY, timeout=asked)
+    [(_, _, call)] = world.execution.calls
+    assert began + given - 1.0 < call.deadline <= began + given + 1.0
 
 
 async def test_a_receipt_that_is_not_wanted_is_left_out() -> None:

@@ -43,6 +43,33 @@ async def test_what_waits_ends_at_its_deadline_and_not_before(seconds: float) ->
     assert all(not task.cancelling() for task in slow)
 
 
+@pytest.mark.parametrize("is_first_step", [True, False])
+async def test_of_two_deadlines_that_share_a_timer_the_inner_one_is_told_apart_from_a_cancellation(is_first_step: bool) -> None:
+    """In its first step the inner call waits before the outer one does, later after it."""
+    loop = asyncio.get_running_loop()
+    # The middle of a slot.
+    inner = (int(loop.time() * 32) + 1.5) / 32 + 1.0
+    seen: list[Reason] = []
+
+    async def work() -> None:
+        if not is_first_step:
+            await asyncio.sleep(0.01)
+        try:
+            await bounded(after(60), inner, "inner")
+        except Failure as failure:
+            seen.append(failure.reason)
+        await asyncio.sleep(60)
+
+    with pytest.raises(Failure) as caught:
+        await bounded(work(), inner + 0.005, "outer")
+    assert seen == [Reason.DEADLINE_EXCEEDED]
+    assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+    assert loop.time() < inner + 0.3
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling()
+
+
 async def test_far_deadlines_of_one_moment_share_a_timer_and_leave_nothing_behind() -> None:
     tasks = [within(after(60), 30.0) for _ in range(100)]
     await asyncio.sleep(0)

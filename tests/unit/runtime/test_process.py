@@ -14,6 +14,7 @@ import pytest
 
 from services.runtime.errors import Failure, Reason
 from services.runtime.inproc import InprocChannel
+from services.runtime.jetstream import ack_sync, ensure_stream, fetch, publish
 from services.runtime.link import LinkChannel
 from services.runtime.process import Process
 from services.runtime.settings import MeshSettings
@@ -102,3 +103,27 @@ async def test_nats_is_unavailable_then_there_then_back(tmp_path: Path) -> None:
             await eventually(lambda: client.is_connected, 10)
             assert await process.nats() is client
             await client.flush(timeout=2)
+
+
+async def test_messages_to_nats_pass_the_barrier_before_they_are_sent(tmp_path: Path) -> None:
+    """A result or an acknowledgement that arrived before its settlement was written would outlive a crash that the settlement doesn't."""
+    port = free_port()
+    passed: list[int] = []
+    async with (
+        nats_server(port, tmp_path / "js"),
+        Process("gateway", MeshSettings(nats_url=f"nats://127.0.0.1:{port}"), log=Lines()) as process,
+    ):
+        client = await process.nats()
+        stream = client.jetstream()
+        await ensure_stream(client, {"name": "S", "subjects": ["s.>"], "storage": "memory"})
+        subscription = await stream.pull_subscribe("s.>", "c")
+        listener = await client.subscribe("plain")
+        process.barrier.add(lambda: passed.append(client.stats["out_msgs"]))
+        await client.publish("plain", b"x")
+        await publish(stream, "s.one", b"x")
+        [message] = await fetch(subscription, 1)
+        assert await ack_sync(message)
+        await listener.next_msg(1)
+        # Each one passed before it was counted as sent: the two publishes, the fetch's request, the acknowledgement.
+        assert passed == list(range(passed[0], passed[0] + 4))
+        assert client.stats["out_msgs"] == passed[-1] + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -12,7 +13,7 @@ import pytest
 
 from services.execution.adapters import echo
 from services.execution.adapters.echo import EchoProvider, example
-from services.execution.errors import AttemptFailed
+from services.execution.errors import AttemptFailed, SpoolFull
 from services.runtime.errors import Reason
 from sluice.inference.v1 import answer_pb2, conversation_pb2
 from tests.unit.execution.adapters.recorded import TEXT
@@ -44,6 +45,19 @@ async def refused(text: str = "x", metadata: dict[str, str] | None = None, **dir
         await heard(EchoProvider().stream(prompt(talk, metadata=metadata)))
     assert streamed.value.reason is caught.value.reason
     return caught.value
+
+
+async def test_nothing_runs_that_the_gate_holds_back() -> None:
+    def held_back() -> None:
+        raise SpoolFull
+
+    provider = EchoProvider()
+    with pytest.raises(SpoolFull):
+        await provider.complete(replace(prompt(), gate=held_back))
+    with pytest.raises(SpoolFull):
+        await anext(aiter(provider.stream(replace(prompt(), gate=held_back))))
+    with pytest.raises(SpoolFull):
+        await provider.embed(replace(embedding("a"), gate=held_back))
 
 
 async def test_it_says_the_last_user_turn() -> None:

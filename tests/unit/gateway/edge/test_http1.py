@@ -352,9 +352,17 @@ async def test_bodies_behind_a_repeated_head_count_as_held() -> None:
 
 @pytest.mark.parametrize("size", [10, 70_000])
 @on_both_loops
-async def test_an_answer_passes_the_barrier_before_it_is_sent(size: int) -> None:
+async def test_an_answer_passes_the_barrier_before_it_is_sent(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below 64 KiB it leaves at the end of the turn, above at once."""
     events: list[str] = []
+    hand_over = Connection.hand_over
+
+    def noticed(connection: Connection) -> None:
+        if connection._unsent:
+            events.append("sent")
+        hand_over(connection)
+
+    monkeypatch.setattr(Connection, "hand_over", noticed)
 
     async def handler(exchange: Exchange) -> None:
         events.append("answered")
@@ -372,17 +380,36 @@ async def test_an_answer_passes_the_barrier_before_it_is_sent(size: int) -> None
         site.listener.barrier = lambda: events.append("barrier")
         client = await site.client()
         assert len((await client.ask(GET % b"x")).body) == size
-        assert events[:2] == ["answered", "barrier"]
+        assert events[:3] == ["answered", "barrier", "sent"]
         events.clear()
         site.handler = pieces
         assert len((await client.ask(GET % b"x")).body) == 3 * size
         for index, event in enumerate(events):
-            assert event != "piece" or events[index + 1] == "barrier"
+            assert event != "piece" or events[index + 1 : index + 3] == ["barrier", "sent"]
+            assert event != "sent" or events[index - 1] == "barrier"
         assert events.count("piece") == 3
         events.clear()
         # A refusal, and the end of the connection after it.
         assert (await client.ask(b"nonsense\r\n\r\n")).status == 400
         assert "barrier" in events
+
+
+@on_both_loops
+async def test_what_does_not_pass_the_barrier_is_not_answered_and_its_client_is_not_left_waiting() -> None:
+    async with listening(at_once) as site:
+
+        def broken() -> None:
+            raise OSError("no")
+
+        first, second = await site.client(), await site.client()
+        assert (await first.ask(GET % b"x")).status == 200
+        site.listener.barrier = broken
+        await first.send(GET % b"x")
+        await second.send(GET % b"x")
+        for client in (first, second):
+            assert await client.reader.read() == b""
+        site.listener.barrier = lambda: None
+        assert (await (await site.client()).ask(GET % b"x")).status == 200
 
 
 @on_both_loops
