@@ -21,6 +21,7 @@ from services.execution.attempts import lost
 from services.execution.breaker import Figures, State
 from services.execution.catalogue import Entry, read_credential
 from services.execution.config import Config
+from services.execution.counts import Counts
 from services.execution.errors import AttemptFailed
 from services.execution.probes import Prober, every
 from services.execution.provider import Provider
@@ -37,6 +38,7 @@ from sluice.metering.v1 import metering_service_pb2
 from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceStub
 from sluice.routing.v1 import routing_service_pb2
 from sluice.routing.v1.routing_service_pb2_grpc import RoutingServiceStub
+from sluice.tokenization.v1.tokenization_service_pb2_grpc import TokenizationServiceStub
 
 NAME: Final = "execution"
 _POST_SECONDS: Final = 10.0
@@ -263,8 +265,12 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
                 except Failure as failure:
                     process.log.error("local_model_not_started", message=failure.message)
 
+    counts = Counts(TokenizationServiceStub(process.channel("tokenization")), loop.time, seconds=config.count_timeout)
+    process.metrics.gauge(
+        "sluice_uncounted_settlements", "Attempts charged by the size of their prompt, since it couldn't be counted"
+    ).set_function(lambda: float(counts.failure_count))
     servicer = ExecutionServicer(
-        targets, spool, reports, health, lambda: providers.entries, first_byte=config.first_byte_timeout
+        targets, spool, reports, health, lambda: providers.entries, counts, first_byte=config.first_byte_timeout
     )
 
     async def drain() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple
 
 from services.execution.errors import AllFailed, AttemptFailed, ConnectionStale, SpoolFull
@@ -19,7 +19,7 @@ from services.execution.targets import Target, Targets
 from services.runtime.errors import Failure, Reason, deadline_exceeded
 from sluice.errors.v1 import error_reason_pb2
 from sluice.execution.v1 import execution_service_pb2 as pb2
-from sluice.inference.v1 import answer_pb2, receipt_pb2
+from sluice.inference.v1 import answer_pb2, conversation_pb2, receipt_pb2
 from sluice.metering.v1 import metering_service_pb2, price_pb2
 from sluice.routing.v1 import routing_service_pb2
 
@@ -48,6 +48,10 @@ class Tried(NamedTuple):
 
 Report = Callable[[Tried], None]
 """Takes an attempt that ended, for what routing wants to know of it."""
+Count = Callable[[str, conversation_pb2.Conversation], Awaitable[int | None]]
+"""Tokens of a prompt for a model (its catalogue id); None: they can't be counted now. Raises nothing but a cancellation."""
+Later = Callable[[Coroutine[Any, Any, None]], None]
+"""Runs what nobody waits for, to its end before the process goes down."""
 
 
 def fill_attempt(attempt: receipt_pb2.Attempt, tried: Tried) -> None:
@@ -182,6 +186,8 @@ class Operation:
         report: Report,
         deadline: float,
         now: Callable[[], float],
+        count: Count,
+        later: Later,
         *,
         first_byte_seconds: float,
     ) -> None:
@@ -196,6 +202,9 @@ class Operation:
         self.cost = 0
         self.price_version = ""
         self.input_count = 0
+        self._is_counted = True
+        self._count = count
+        self._later = later
         self._request = request
         self._targets = targets
         self._deadline = deadline
@@ -328,7 +337,9 @@ class Operation:
 
     async def complete(self) -> Completed:
         """The first answer of the chain. Raises AttemptFailed for a fault of the caller, AllFailed, Failure DEADLINE_EXCEEDED."""
-        self.input_count = self._request.input_count.token_count
+        request = self._request
+        self.input_count = request.input_count.token_count
+        self._is_counted = not request.count_when_needed
         last = len(self.candidates) - 1
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
@@ -337,11 +348,23 @@ class Operation:
                 if begun is None:
                     break
                 provider, attempt = begun
+                answer = None
                 try:
                     prompt = self._prompt(
                         candidate, attempt.target.model, self._attempt_deadline(candidate, is_last), 0, attempt.gate
                     )
-                    completed = await provider.complete(prompt)
+                    try:
+                        completed = await provider.complete(prompt)
+                    except AttemptFailed as failure:
+                        if failure.was_read and not self._is_counted:
+                            await self._count_now(attempt)
+                        raise
+                    answer = completed.answer
+                    usage = answer.usage
+                    if _lacks_usage(usage):
+                        if not self._is_counted:
+                            await self._count_now(attempt)
+                        self._estimate(answer, usage)
                 except ConnectionStale as failure:
                     self._failure(attempt, failure, is_last=is_last and again, is_stale=not again)
                     continue
@@ -358,28 +381,36 @@ class Operation:
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
                     raise
                 except BaseException as error:
-                    # What was not sent is not billed.
-                    self._dropped(attempt, self._partial(0) if self.input_count and attempt.gate.passed else None, error)
+                    produced = 0 if answer is None else _estimated_output(answer)
+                    if not attempt.gate.passed:
+                        # What was not sent is not billed.
+                        self._dropped(attempt, None, error)
+                    elif self._is_counted:
+                        self._dropped(attempt, self._partial(produced) if self.input_count else None, error)
+                    else:
+                        # Nobody waits for it any more.
+                        self._later(self._dropped_counted(attempt, produced, error))
                     raise
                 attempt.target.breaker.succeeded()
-                answer = completed.answer
-                usage = answer.usage
-                self._account(answer, usage)
                 attempt.end_well(usage)
                 return completed
         raise self._exhausted()
 
-    def _account(self, answer: answer_pb2.Answer, usage: answer_pb2.Usage) -> None:
-        """Fills in `usage`, the answer's, where the provider did not report it."""
-        source = usage.source
-        if source and not _is_possible(usage):
-            # Numbers that can't be: the ledger would refuse them, and what was spent would never be booked.
-            usage.Clear()
-            source = answer_pb2.USAGE_SOURCE_UNSPECIFIED
-        if not source:
-            usage.input_token_count = self.input_count
-            usage.output_token_count = _estimated_output(answer)
-            usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
+    async def _count_now(self, attempt: _Attempt) -> None:
+        """Counts the prompt for the attempt's model; what goes by its size stays where that can't be had."""
+        count = await self._count(attempt.record.model, self._request.conversation)
+        if count is not None:
+            self.input_count = count
+
+    async def _dropped_counted(self, attempt: _Attempt, produced: int, error: BaseException) -> None:
+        await self._count_now(attempt)
+        self._dropped(attempt, self._partial(produced), error)
+
+    def _estimate(self, answer: answer_pb2.Answer, usage: answer_pb2.Usage) -> None:
+        """Fills in `usage`, the answer's, which its provider did not report."""
+        usage.input_token_count = self.input_count
+        usage.output_token_count = _estimated_output(answer)
+        usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
 
     # Streams.
 
@@ -465,7 +496,8 @@ class Operation:
                     look_at = produced.size + (limit - tokens) * _BYTES_PER_TOKEN
                 piece = await anext(pieces)
             usage = piece.answer.usage
-            self._account(piece.answer, usage)
+            if _lacks_usage(usage):
+                self._estimate(piece.answer, usage)
             attempt.target.breaker.succeeded()
             attempt.end_well(usage)
             yield piece
@@ -589,6 +621,17 @@ async def _closed(pieces: AsyncIterator[Any]) -> None:
     close = getattr(pieces, "aclose", None)
     if close is not None:
         await close()
+
+
+def _lacks_usage(usage: answer_pb2.Usage) -> bool:
+    """Whether it was not reported; numbers that can't be are cleared."""
+    if not usage.source:
+        return True
+    if _is_possible(usage):
+        return False
+    # The ledger would refuse them, and what was spent would never be booked.
+    usage.Clear()
+    return True
 
 
 def _is_possible(usage: answer_pb2.Usage) -> bool:

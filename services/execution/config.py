@@ -40,4 +40,11 @@ class Config:
         unit="bytes",
         minimum=65_536,
     )
+    count_timeout: float = setting(
+        2.0,
+        "Counting a prompt that was sent uncounted and has to be charged by our count; then it is charged by its size",
+        unit="s",
+        minimum=0.05,
+        maximum=60,
+    )
     warm_local: bool = setting(False, "Start local models at once instead of at their first use")

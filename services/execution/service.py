@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from services.execution.attempts import Operation, Tried, fill_attempt
 from services.execution.catalogue import Entry, read_credential
+from services.execution.counts import Counts
 from services.execution.errors import AttemptFailed
 from services.execution.provider import Completed
 from services.execution.spool import Spool
@@ -75,6 +76,7 @@ class ExecutionServicer:
         reports: Reports,
         health: Health,
         entries: Callable[[], Mapping[str, Entry]],
+        counts: Counts,
         *,
         first_byte: float,
     ) -> None:
@@ -83,6 +85,7 @@ class ExecutionServicer:
         self._reports = reports
         self._health = health
         self._entries = entries
+        self._counts = counts
         self._first_byte = first_byte
         self._now = asyncio.get_running_loop().time
         self._running: set[str] = set()
@@ -93,10 +96,11 @@ class ExecutionServicer:
         self._idle.set()
 
     async def wait_idle(self, seconds: float) -> None:
-        """Waits until nothing runs here."""
+        """Waits until nothing runs here, and what was cancelled is settled."""
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
+                await self._counts.wait_idle()
         except TimeoutError:
             return
 
@@ -126,6 +130,8 @@ class ExecutionServicer:
             self._reports.add,
             call.deadline,
             self._now,
+            self._counts.count,
+            self._counts.later,
             first_byte_seconds=self._first_byte,
         )
 

@@ -93,6 +93,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         lease=budgets.lease,
         plan=budgets.plan,
         count=budgets.count,
+        uncounted_bytes=config.uncounted_bytes,
     )
     core = Core(peers, around, limits, clock)
     _expose(process.metrics, around)

@@ -89,6 +89,14 @@ class Config:
         minimum=1,
         maximum=100_000,
     )
+    uncounted_bytes: int = setting(
+        8192,
+        "Largest prompt that may be sent without its tokens being counted: where the answer comes as a whole, no receipt is asked for and "
+        "the budget has room for as many tokens as bytes. 0: every prompt is counted",
+        unit="bytes",
+        minimum=0,
+        maximum=_MEBIBYTE,
+    )
     recheck_seconds: float = setting(
         30.0, "Longest time that an identity is used without asking metering again", unit="s", minimum=1, maximum=300
     )

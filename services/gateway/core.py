@@ -15,19 +15,19 @@ import time
 import zlib
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from services.gateway import validation
-from services.gateway.breakers import Breaker
 from services.gateway.cache import CacheClient, CacheWriter, HitBook, may_store
 from services.gateway.calibrations import Calibrations
+from services.gateway.counts import Counts
 from services.gateway.estimates import byte_bound, estimated_count, estimated_tokens
 from services.gateway.executions import deltas_of, embed_to_proto, fill_request, settled_cost
 from services.gateway.features import signals
 from services.gateway.holds import Prompt, Reckoning, clamp, reckon, worst_cost
 from services.gateway.identities import Identities
 from services.gateway.journal import Journal
-from services.gateway.leases import Lease, Leases
+from services.gateway.leases import Leases
 from services.gateway.needs import find_needs
 from services.gateway.operations import OperationIds, Requests
 from services.gateway.outcomes import Outcomes, Report
@@ -42,9 +42,8 @@ from services.gateway.voids import Voids
 from services.runtime.call import Metadata
 from services.runtime.errors import Failure, Reason, deadline_exceeded, invalid
 from sluice.execution.v1 import execution_service_pb2
-from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2, receipt_pb2
+from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
 from sluice.routing.v1 import routing_service_pb2
-from sluice.tokenization.v1 import tokenization_service_pb2
 
 if TYPE_CHECKING:
     from sluice.execution.v1.execution_service_pb2_grpc import ExecutionServiceAsyncStub
@@ -84,6 +83,8 @@ class CoreLimits:
     lease: float
     plan: float
     count: float
+    uncounted_bytes: int
+    """Largest prompt that is sent uncounted where nothing depends on its count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,15 @@ class Surroundings:
     journal: Journal
 
 
+class _Short(NamedTuple):
+    """A hold for which a lease has too little."""
+
+    prompt: Prompt
+    reckoning: Reckoning
+    wanted: int
+    """The worst case, or less where the caller set a limit."""
+
+
 class Core:
     """The order of calls. Deadlines are moments of `clock`, which is the running loop's."""
 
@@ -120,7 +130,7 @@ class Core:
         self._peers = peers
         self._complete = peers.execution.Complete
         self._stream_complete = peers.execution.StreamComplete
-        self._count_call = peers.tokenization.Count
+        self._counts = Counts(peers.tokenization, clock, call_seconds=limits.count, uncounted_bytes=limits.uncounted_bytes)
         self._around = around
         self._leases = around.leases
         self._plans = around.plans
@@ -130,7 +140,6 @@ class Core:
         self._limits = limits
         self._clock = clock
         self._ids = OperationIds()
-        self._count_breaker = Breaker()
         self._under_way = 0
         self._draining = False
         self._idle = asyncio.Event()
@@ -243,7 +252,7 @@ class Core:
         plan, _ = await self._plans.fetch(key, self._left(deadline, self._limits.plan, "routing"), forward)
         models = [candidate.model for candidate in plan.candidates]
         model = request.model if request.model in models or not models else models[0]
-        count = await self._count(None, model, request.conversation, shape, deadline, forward)
+        count = await self._counts.count(None, model, request.conversation, shape, deadline, forward)
         return inference_service_pb2.CountTokensResponse(input_count=count)
 
     async def list_models(
@@ -284,7 +293,7 @@ class Core:
         if facts.candidates:
             if facts.input_count is None:
                 model = facts.candidates[0].model
-                facts.input_count = await self._count(facts, model, wanted.conversation, shape, deadline, forward)
+                facts.input_count = await self._counts.count(facts, model, wanted.conversation, shape, deadline, forward)
             self._fit(facts, shape)
             facts.hold = reckon(facts.candidates, self._prompt(facts)).worst
         return inference_service_pb2.ExplainResponse(receipt=receipt_to_proto(facts))
@@ -329,6 +338,8 @@ class Core:
                 try:
                     wanted = execution_service_pb2.CompleteRequest()
                     fill_request(wanted, facts)
+                    if facts.is_uncounted:
+                        wanted.count_when_needed = True
                     timeout = deadline - self._clock()
                     if timeout <= 0:
                         raise deadline_exceeded("a provider")
@@ -485,13 +496,21 @@ class Core:
                 facts.candidates = plan.candidates
         if not facts.candidates:
             await self._plan_exactly(facts, shape, deadline, forward, streaming=streaming)
-        if facts.input_count is None:
-            model = facts.candidates[0].model
-            facts.input_count = await self._count(facts, model, request.conversation, shape, deadline, forward)
-        self._fit(facts, shape)
-        waiting = self._hold(facts, shape, deadline)
-        if waiting is not None:
-            await waiting
+        if facts.input_count is None and not streaming and self._counts.is_needless(facts, shape):
+            facts.input_count = estimated_count(shape)
+            facts.is_uncounted = True
+            if self._take(facts, shape) is not None:
+                # Money is short, and a count holds less of it.
+                facts.is_uncounted = False
+                facts.input_count = None
+        if not facts.is_uncounted:
+            if facts.input_count is None:
+                model = facts.candidates[0].model
+                facts.input_count = await self._counts.count(facts, model, request.conversation, shape, deadline, forward)
+            self._fit(facts, shape)
+            short = self._take(facts, shape)
+            if short is not None:
+                await self._hold_waiting(facts, short, deadline)
         return False
 
     async def _renewed_version(self, facts: Facts, shape: Shape, deadline: float, forward: Metadata, *, streaming: bool) -> str:
@@ -579,7 +598,7 @@ class Core:
         narrow = [rejection.model for rejection in plan.response.rejections if rejection.filter == "context_window"]
         if not narrow:
             raise no_candidate(plan.response, _model(facts.request))
-        count = await self._count(facts, narrow[0], facts.request.conversation, shape, deadline, forward)
+        count = await self._counts.count(facts, narrow[0], facts.request.conversation, shape, deadline, forward)
         facts.input_count = count
         plan = await self._plan(facts, shape, deadline, forward, streaming=streaming, input_bound=max(1, count.token_count))
         if facts.candidates:
@@ -628,40 +647,6 @@ class Core:
         facts.window_rejections = rejections
         facts.candidates = left
 
-    async def _count(
-        self,
-        facts: Facts | None,
-        model: str,
-        conversation: conversation_pb2.Conversation,
-        shape: Shape,
-        deadline: float,
-        forward: Metadata,
-    ) -> receipt_pb2.TokenCount:
-        """The count of a prompt; where it had to be estimated, `facts` say so."""
-        now = self._clock()
-        breaker = self._count_breaker
-        if not breaker.failure_count or breaker.allows(now):
-            left = deadline - now
-            if left <= 0:
-                raise deadline_exceeded("tokenization")
-            budget = self._limits.count
-            request = tokenization_service_pb2.CountRequest()
-            request.models.append(model)
-            request.conversation.CopyFrom(conversation)
-            try:
-                response = await self._count_call(request, timeout=min(left, budget), metadata=forward)
-                if breaker.failure_count:
-                    breaker.succeeded()
-                return response.counts[0]
-            except Failure as failure:
-                breaker.failed(self._clock())
-                reason = failure.reason.value
-        else:
-            reason = "it didn't answer lately"
-        if facts is not None:
-            facts.degrade(f"tokenization: estimated, {reason}")
-        return estimated_count(shape)
-
     # Money
 
     def _prompt(self, facts: Facts) -> Prompt:
@@ -678,11 +663,8 @@ class Core:
             self._limits.min_output_tokens,
         )
 
-    def _hold(self, facts: Facts, shape: Shape, deadline: float) -> Coroutine[Any, Any, None] | None:
-        """Reserves the worst case over the candidates, or as much of it as is left and of use, and clamps the answer to that.
-
-        None: it is done, the lease had enough; else what to await.
-        """
+    def _take(self, facts: Facts, shape: Shape) -> _Short | None:
+        """Holds the worst case over the candidates out of the lease. None: it is done; else what the lease hadn't enough for."""
         plan, lease = facts.plan, facts.lease
         assert plan is not None, "planned before"
         assert lease is not None, "admitted before"
@@ -696,8 +678,6 @@ class Core:
         routing = shape.routing
         if routing is not None and routing.HasField("max_cost_nano_usd") and routing.max_cost_nano_usd < wanted:
             wanted = routing.max_cost_nano_usd
-            if wanted < reckoning.least:
-                raise cost_limit(wanted, reckoning.least)
         if lease.budget is not None:
             facts.budget_before = lease.budget_left()
             facts.budget_level = lease.budget.level
@@ -705,11 +685,15 @@ class Core:
             facts.hold = worst
             facts.generation = lease.generation
             return None
-        return self._hold_waiting(facts, lease, prompt, reckoning, wanted, deadline)
+        return _Short(prompt, reckoning, wanted)
 
-    async def _hold_waiting(
-        self, facts: Facts, lease: Lease, prompt: Prompt, reckoning: Reckoning, wanted: int, deadline: float
-    ) -> None:
+    async def _hold_waiting(self, facts: Facts, short: _Short, deadline: float) -> None:
+        """Holds as much of it as is left and of use, and clamps the answer to that."""
+        lease = facts.lease
+        assert lease is not None, "admitted before"
+        prompt, reckoning, wanted = short
+        if wanted < reckoning.least:
+            raise cost_limit(wanted, reckoning.least)
         if wanted and (
             self._leases.take(lease, wanted)
             or await self._leases.take_waiting(lease, wanted, self._left(deadline, self._limits.lease, "metering"))
@@ -780,7 +764,7 @@ class Core:
             self._around.writer.add(facts, answer)
         count = facts.input_count
         assert count is not None, "counted before"
-        if count.method == receipt_pb2.TOKEN_COUNT_METHOD_ESTIMATED:
+        if count.method == receipt_pb2.TOKEN_COUNT_METHOD_ESTIMATED and not facts.is_uncounted:
             self._around.calibrations.add(facts, answer)
 
     def _opened(self, facts: Facts, model: str, *, is_wire: bool) -> Opened:

@@ -20,7 +20,7 @@ class Facts:
 
     __slots__ = (
         "answer", "attempt_count", "attempts", "budget_before", "budget_level", "cache_reason", "cache_status", "candidates", "cost", "degradations",
-        "end_ns", "first_byte_ns", "generation", "hold", "hold_id", "input_count", "is_hit", "kind", "lease", "lookup", "lookup_ns",
+        "end_ns", "first_byte_ns", "generation", "hold", "hold_id", "input_count", "is_hit", "is_uncounted", "kind", "lease", "lookup", "lookup_ns",
         "max_output", "operation_id", "plan", "price_version", "principal", "receive_ns", "request", "saved", "shape", "start",
         "taken_tokens", "window_rejections",
     )  # fmt: skip
@@ -59,6 +59,8 @@ class Facts:
         """Those of the plan that are left after the gateway's own checks."""
         self.window_rejections: list[tuple[str, str]] | None = None
         self.input_count: receipt_pb2.TokenCount | None = None
+        self.is_uncounted = False
+        """`input_count` goes by the prompt's size, since nothing depends on it."""
         self.max_output = 0
         """Clamped answer length; 0: as the caller wished."""
         self.hold = 0

@@ -8,15 +8,17 @@ import time
 import uuid
 from urllib.parse import urlsplit
 
+import grpc
 import pytest
 
+from services.cli.accounts import _ensure_project
 from services.cli.client import Client, failures
 from services.cli.demonstration import DOWN_MODEL, LOCAL_MODEL, SYSTEM
 from services.cli.rendering import answer_text
 from services.runtime.errors import Failure, Reason
 from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2, receipt_pb2
 from sluice.jobs.v1 import job_service_pb2
-from sluice.metering.v1 import usage_service_pb2
+from sluice.metering.v1 import tenancy_service_pb2, usage_service_pb2
 from tests.running import Running
 
 TIMEOUT = 60.0
@@ -97,10 +99,8 @@ def test_the_same_request_again_is_an_exact_hit_and_a_paraphrase_a_semantic_one(
     assert found.answer.message == first.answer.message
 
 
-def test_another_tenant_never_sees_the_entry(mesh: Running, client: Client) -> None:
-    from services.cli.accounts import _ensure_project
-    from sluice.metering.v1 import tenancy_service_pb2
-
+def new_tenant(client: Client) -> tuple[str, str]:
+    """A tenant of a test's own, and a key of it."""
     tenant = f"other-{uuid.uuid4().hex[:8]}"
     client.tenancy.CreateTenant(
         tenancy_service_pb2.CreateTenantRequest(tenant=tenancy_service_pb2.Tenant(id=tenant)),
@@ -115,6 +115,11 @@ def test_another_tenant_never_sees_the_entry(mesh: Running, client: Client) -> N
         timeout=TIMEOUT,
         metadata=client.as_admin,
     ).secret
+    return tenant, secret
+
+
+def test_another_tenant_never_sees_the_entry(mesh: Running, client: Client) -> None:
+    _, secret = new_tenant(client)
     request = ask(f"Say the word {uuid.uuid4().hex[:6]}.", mode=inference_service_pb2.CACHE_MODE_EXACT, model="echo/echo")
     generate(client, request)
     assert generate(client, request).receipt.cache.status == receipt_pb2.CACHE_STATUS_HIT_EXACT
@@ -240,6 +245,49 @@ def test_the_ledger_has_every_request_once_and_verifies(client: Client) -> None:
         verdict = client.usage.VerifyLedger(usage_service_pb2.VerifyLedgerRequest(), timeout=TIMEOUT, metadata=client.as_admin)
     assert verdict.ok, verdict.problems
     assert verdict.debit_nano_usd == verdict.credit_nano_usd
+
+
+@pytest.mark.parametrize("how", ["times out", "cancels"])
+def test_who_leaves_an_uncounted_request_is_charged_for_the_tokens_that_it_had(mesh: Running, client: Client, how: str) -> None:
+    """Nobody reads a receipt, so the prompt is not counted before it is sent, and no usage is ever reported."""
+    tenant, secret = new_tenant(client)
+    # No quarter of its bytes is the number of its tokens.
+    request = ask("Ein Satz über Käsefäden, Öl und Übermut. " * 5, model="echo/echo")
+    request.receipt_view = inference_service_pb2.RECEIPT_VIEW_NONE
+    with failures():
+        count = client.inference.CountTokens(
+            inference_service_pb2.CountTokensRequest(model="echo/echo", conversation=request.conversation),
+            timeout=TIMEOUT,
+            metadata=client.as_tenant,
+        ).input_count
+    assert count.method == receipt_pb2.TOKEN_COUNT_METHOD_ENCODING
+    with mesh.client(key=secret) as other:
+        generate(other, request)
+        request.metadata["echo.delay"] = "30"
+        waiting = other.inference.Generate.future(
+            request, timeout=0.5 if how == "times out" else TIMEOUT, metadata=other.as_tenant
+        )
+        time.sleep(0.2)
+        if how == "cancels":
+            waiting.cancel()
+        with pytest.raises((grpc.RpcError, grpc.FutureCancelledError)):
+            waiting.result()
+    ends = time.monotonic() + 10
+    entries: list[usage_service_pb2.LedgerEntry] = []
+    while len(entries) < 2 and time.monotonic() < ends:
+        time.sleep(0.02)
+        with failures():
+            entries = list(
+                client.usage.ListEntries(
+                    usage_service_pb2.ListEntriesRequest(tenant_id=tenant), timeout=TIMEOUT, metadata=client.as_admin
+                ).entries
+            )
+    left, answered = entries
+    assert answered.usage.source == answer_pb2.USAGE_SOURCE_REPORTED
+    assert left.usage.source == answer_pb2.USAGE_SOURCE_ESTIMATED
+    assert left.usage.input_token_count == count.token_count
+    expected = "ATTEMPT_OUTCOME_FAILED" if how == "times out" else "ATTEMPT_OUTCOME_CANCELLED"
+    assert receipt_pb2.AttemptOutcome.Name(left.outcome) == expected
 
 
 def test_a_repeated_request_id_replays_and_is_charged_once(client: Client) -> None:

@@ -183,7 +183,7 @@ class EchoProvider:
             async with asyncio.timeout_at(prompt.deadline):
                 await script.begin()
         except TimeoutError:
-            raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time") from None
+            raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time", was_read=True) from None
         return Completed(script.answer(prompt.model))
 
     async def stream(self, prompt: Prompt) -> AsyncIterator[Any]:
@@ -194,7 +194,7 @@ class EchoProvider:
             async with asyncio.timeout_at(prompt.deadline):
                 await script.begin()
         except TimeoutError:
-            raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time") from None
+            raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time", was_read=True) from None
         answer = script.answer(prompt.model)
         wait = script.number("chunk_delay")
         breaks = int(script.number("break_after")) if "break_after" in script.values else None
@@ -206,7 +206,7 @@ class EchoProvider:
                     async with asyncio.timeout_at(prompt.deadline):
                         await asyncio.sleep(wait)
                 except TimeoutError:
-                    raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time") from None
+                    raise AttemptFailed(Reason.PROVIDER_TIMEOUT, "the provider did not answer in time", was_read=True) from None
             yield execution_service_pb2.DeltaBatch(deltas=[delta])
         yield Completed(answer)
 

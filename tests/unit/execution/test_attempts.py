@@ -10,11 +10,13 @@ from typing import Any, Final
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
+from services.execution import counts
+from services.execution.adapters.echo import EchoProvider
 from services.execution.attempts import _Produced, lost
 from services.execution.breaker import State
 from services.execution.errors import AllFailed, AttemptFailed, SpoolFull
 from services.execution.spool import Spool
-from services.runtime.errors import Failure, Reason
+from services.runtime.errors import Failure, Reason, unavailable
 from sluice.errors.v1 import error_reason_pb2
 from sluice.execution.v1 import execution_service_pb2 as pb2
 from sluice.inference.v1 import answer_pb2, receipt_pb2
@@ -595,3 +597,131 @@ def test_long_pieces_count_for_more_than_one_token() -> None:
     other = _Produced()
     other.add(pb2.DeltaBatch(deltas=[answer_pb2.Delta(text="a"), answer_pb2.Delta(text="word " * 400)]))
     assert other.tokens == 501
+
+
+# Prompts that were sent uncounted.
+
+_BY_SIZE: Final[dict[str, Any]] = {"input_count": {"token_count": 400}, "count_when_needed": True}
+"""What their size said."""
+
+
+async def test_a_prompt_whose_usage_is_reported_is_never_counted(tmp_path: Path) -> None:
+    async with world(tmp_path, a=fails(500), b=good) as made:
+        operation, answer = await run(made, "a", "b", streaming=False, **_BY_SIZE)
+        assert made.tokenization.asked == []
+    assert answer.usage.source == answer_pb2.USAGE_SOURCE_REPORTED
+    assert operation.cost == COST
+
+
+async def test_an_answer_without_usage_is_charged_by_a_count(tmp_path: Path) -> None:
+    whole = {"id": "x", "choices": [{"message": {"content": "abc"}, "finish_reason": "stop"}]}
+    async with world(tmp_path, a=document(whole)) as made:
+        operation, answer = await run(made, "a", streaming=False, **_BY_SIZE)
+        [settled] = await made.settled()
+        assert made.tokenization.asked == ["a/m"]
+    assert (answer.usage.input_token_count, answer.usage.source) == (11, answer_pb2.USAGE_SOURCE_ESTIMATED)
+    assert operation.cost == settled.cost_nano_usd == 11 * 1000 + answer.usage.output_token_count * 2000
+
+
+async def test_who_leaves_is_charged_by_a_count_for_which_nobody_waits(tmp_path: Path) -> None:
+    async with world(tmp_path, a=hangs) as made:
+        made.tokenization.gate.clear()
+        task = asyncio.create_task(run(made, "a", streaming=False, **_BY_SIZE))
+        await made.servers["a"].asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # The socket isn't kept open by it.
+        async with asyncio.timeout(PATIENCE):
+            await made.servers["a"].ended[0].wait()
+        assert made.spool.backlog == 0
+        made.tokenization.gate.set()
+        [settled] = await made.settled()
+    assert made.tokenization.asked == ["a/m"]
+    assert (settled.usage.input_token_count, settled.cost_nano_usd) == (11, 11_000)
+    assert settled.outcome == receipt_pb2.ATTEMPT_OUTCOME_CANCELLED
+    [target] = made.targets
+    assert target.breaker.in_flight == 0
+
+
+async def test_who_leaves_while_it_is_counted_pays_for_the_answer_that_had_come(tmp_path: Path) -> None:
+    whole = {"id": "x", "choices": [{"message": {"content": "abcdef"}, "finish_reason": "stop"}]}
+    async with world(tmp_path, a=document(whole)) as made:
+        made.tokenization.gate.clear()
+        task = asyncio.create_task(run(made, "a", streaming=False, **_BY_SIZE))
+        async with asyncio.timeout(PATIENCE):
+            while not made.tokenization.asked:
+                await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        made.tokenization.gate.set()
+        [settled] = await made.settled()
+    assert (settled.usage.input_token_count, settled.usage.output_token_count) == (11, 3)
+    assert settled.cost_nano_usd == 11 * 1000 + 3 * 2000
+
+
+async def test_what_a_provider_read_before_it_failed_is_charged_by_a_count(tmp_path: Path) -> None:
+    async with world(tmp_path, a=hangs, b=good) as made:
+        candidates = [candidate("a", attempt_timeout=Duration(nanos=50_000_000)), candidate("b")]
+        operation = made.operation(candidates=candidates, **_BY_SIZE)
+        await operation.complete()
+        read, answered = await made.settled()
+        assert made.tokenization.asked == ["a/m"]
+    assert (read.usage.input_token_count, read.cost_nano_usd) == (11, 11_000)
+    assert answered.cost_nano_usd == COST
+    assert operation.cost == 11_000 + COST
+
+
+async def test_what_was_not_sent_is_neither_counted_nor_charged(tmp_path: Path) -> None:
+    async with world(tmp_path, a=good) as made:
+        task = asyncio.create_task(run(made, "a", streaming=False, **_BY_SIZE))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        settled = await made.settled()
+        assert made.asked("a") == 0
+    assert made.tokenization.asked == []
+    assert [one.cost_nano_usd for one in settled] == [0] * len(settled)
+
+
+async def test_without_tokenization_it_is_charged_by_its_size_and_not_asked_for_a_second(tmp_path: Path) -> None:
+    whole = {"id": "x", "choices": [{"message": {"content": "abc"}, "finish_reason": "stop"}]}
+    async with world(tmp_path, a=document(whole)) as made:
+        made.tokenization.failure = unavailable("tokenization", "down")
+        for number in range(2):
+            _, answer = await run(made, "a", streaming=False, operation_id=f"op-{number}", **_BY_SIZE)
+            assert (answer.usage.input_token_count, answer.usage.source) == (400, answer_pb2.USAGE_SOURCE_ESTIMATED)
+        assert made.tokenization.asked == ["a/m"]
+        assert made.counts.failure_count == 2
+        made.tokenization.failure = None
+        made.clock.now += 1.1
+        _, answer = await run(made, "a", streaming=False, operation_id="op-2", **_BY_SIZE)
+        assert answer.usage.input_token_count == 11
+
+
+async def test_no_more_than_a_bounded_number_waits_for_its_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "_MOST_AT_ONCE", 3)
+    async with world(tmp_path) as made:
+        made.tokenization.gate.clear()
+        asked = [asyncio.create_task(made.counts.count("m", conversation())) for _ in range(5)]
+        await asyncio.sleep(0)
+        assert [task.result() for task in asked if task.done()] == [None, None]
+        made.tokenization.gate.set()
+        assert await asyncio.gather(*asked) == [11, 11, 11, None, None]
+
+
+async def test_the_start_of_an_uncounted_attempt_says_what_its_size_says(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        made.targets.use({"e": EchoProvider()})
+        began: list[metering_service_pb2.Settlement] = []
+        begin = made.spool.begin
+
+        def noticed(record: Any) -> Any:
+            began.append(metering_service_pb2.Settlement.FromString(record.SerializeToString()))
+            return begin(record)
+
+        made.spool.begin = noticed  # type: ignore[method-assign]
+        await made.operation("e", **_BY_SIZE).complete()
+    [record] = began
+    assert (record.usage.input_token_count, record.cost_nano_usd) == (400, 400_000)

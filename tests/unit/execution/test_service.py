@@ -36,7 +36,7 @@ def call() -> Call:
 
 
 def servicer_of(made: World, entries: Mapping[str, Entry] | None = None) -> ExecutionServicer:
-    return ExecutionServicer(made.targets, made.spool, Reports(), list, lambda: entries or {}, first_byte=PATIENCE)
+    return ExecutionServicer(made.targets, made.spool, Reports(), list, lambda: entries or {}, made.counts, first_byte=PATIENCE)
 
 
 def request(kind: Any = pb2.CompleteRequest, **fields: Any) -> Any:

@@ -12,12 +12,15 @@ from services.execution.adapters.echo import EchoProvider
 from services.execution.adapters.openai import OpenAIProvider
 from services.execution.attempts import Operation, Tried, fill_attempt, lost
 from services.execution.breaker import Figures
+from services.execution.counts import Counts
 from services.execution.provider import Provider
 from services.execution.spool import Spool
 from services.execution.targets import Targets
+from services.runtime.errors import Failure
 from sluice.execution.v1 import execution_service_pb2 as pb2
 from sluice.inference.v1 import receipt_pb2
 from sluice.metering.v1 import metering_service_pb2
+from sluice.tokenization.v1 import tokenization_service_pb2
 from tests.unit.execution.examples import SECRET, billing, candidate, conversation
 from tests.unit.execution.upstream import PATIENCE, Script, Upstream, pool_to, upstream
 
@@ -32,6 +35,27 @@ class Clock:
         return self.now
 
 
+class Tokenization:
+    """A stub of tokenization: what it was asked, and what it answers."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.token_count = 11
+        self.failure: Failure | None = None
+        self.gate = asyncio.Event()
+        """Answers wait until it is set."""
+        self.gate.set()
+
+    async def Count(self, request: Any, *, timeout: float) -> Any:
+        """See the proto."""
+        self.asked += request.models
+        async with asyncio.timeout(timeout):
+            await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        return tokenization_service_pb2.CountResponse(counts=[receipt_pb2.TokenCount(token_count=self.token_count)])
+
+
 class World:
     """What an operation needs."""
 
@@ -41,6 +65,9 @@ class World:
         self.ledger: list[metering_service_pb2.Settlement] = []
         self.reports: list[Tried] = []
         self.servers: dict[str, Upstream] = {}
+        self.tokenization = Tokenization()
+        stub: Any = self.tokenization
+        self.counts = Counts(stub, self.clock, seconds=PATIENCE)
         self.spool = Spool(directory, self._post, group_seconds=0.0005, segment_bytes=1 << 20, most_bytes=1 << 24)
         self.spool.open(metering_service_pb2.Settlement.FromString, lost)
 
@@ -49,6 +76,7 @@ class World:
 
     async def settled(self) -> list[metering_service_pb2.Settlement]:
         """Every settlement, after all have been posted."""
+        await self.counts.wait_idle()
         assert await self.spool.flush(PATIENCE)
         return self.ledger
 
@@ -76,6 +104,8 @@ class World:
             self.reports.append,
             now() + seconds,
             now,
+            self.counts.count,
+            self.counts.later,
             first_byte_seconds=PATIENCE,
         )
 

@@ -405,6 +405,7 @@ class World:
     lines: list[Mapping[str, Any]] = field(default_factory=list)
     nano_usd: int = 1_000_000
     request_slice: int = 32
+    uncounted_bytes: int = 8192
     replay: ReplayLimits = field(default_factory=lambda: ReplayLimits(100, 1_000_000, 3600.0))
 
     def __post_init__(self) -> None:
@@ -457,6 +458,7 @@ class World:
                 lease=0.2,
                 plan=0.2,
                 count=0.1,
+                uncounted_bytes=self.uncounted_bytes,
             ),
             clock,
         )

@@ -31,7 +31,7 @@ from sluice.inference.v1 import receipt_pb2 as sluice_dot_inference_dot_v1_dot_r
 from sluice.routing.v1 import routing_service_pb2 as sluice_dot_routing_dot_v1_dot_routing__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sluice/execution/v1/execution_service.proto\x12\x13sluice.execution.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a sluice/inference/v1/answer.proto\x1a&sluice/inference/v1/conversation.proto\x1a+sluice/inference/v1/inference_service.proto\x1a!sluice/inference/v1/receipt.proto\x1a\'sluice/routing/v1/routing_service.proto\"\x9c\x03\n\x0f\x43ompleteRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x37\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32!.sluice.inference.v1.Conversation\x12\x30\n\ncandidates\x18\x03 \x03(\x0b\x32\x1c.sluice.routing.v1.Candidate\x12-\n\x07\x62illing\x18\x04 \x01(\x0b\x32\x1c.sluice.execution.v1.Billing\x12\x15\n\rend_user_hash\x18\x05 \x01(\t\x12\x44\n\x08metadata\x18\x06 \x03(\x0b\x32\x32.sluice.execution.v1.CompleteRequest.MetadataEntry\x12\x34\n\x0binput_count\x18\x07 \x01(\x0b\x32\x1f.sluice.inference.v1.TokenCount\x12\x15\n\romit_attempts\x18\x08 \x01(\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb4\x01\n\x10\x43ompleteResponse\x12+\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1b.sluice.inference.v1.Answer\x12.\n\x08\x61ttempts\x18\x02 \x03(\x0b\x32\x1c.sluice.inference.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\x03 \x01(\x03\x12\x15\n\rprice_version\x18\x04 \x01(\t\x12\x15\n\rattempt_count\x18\x05 \x01(\x05\"\xe0\x03\n\x15StreamCompleteRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x37\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32!.sluice.inference.v1.Conversation\x12\x30\n\ncandidates\x18\x03 \x03(\x0b\x32\x1c.sluice.routing.v1.Candidate\x12-\n\x07\x62illing\x18\x04 \x01(\x0b\x32\x1c.sluice.execution.v1.Billing\x12\x15\n\rend_user_hash\x18\x05 \x01(\t\x12J\n\x08metadata\x18\x06 \x03(\x0b\x32\x38.sluice.execution.v1.StreamCompleteRequest.MetadataEntry\x12\x34\n\x0binput_count\x18\x07 \x01(\x0b\x32\x1f.sluice.inference.v1.TokenCount\x12\x36\n\raccepted_wire\x18\x08 \x01(\x0e\x32\x1f.sluice.execution.v1.WireFormat\x12\x15\n\romit_attempts\x18\t \x01(\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xda\x01\n\x16StreamCompleteResponse\x12\x37\n\x06opened\x18\x01 \x01(\x0b\x32%.sluice.execution.v1.CompletionOpenedH\x00\x12\x0e\n\x04wire\x18\x02 \x01(\x0cH\x00\x12\x31\n\x06\x64\x65ltas\x18\x03 \x01(\x0b\x32\x1f.sluice.execution.v1.DeltaBatchH\x00\x12;\n\x08\x66inished\x18\x04 \x01(\x0b\x32\'.sluice.execution.v1.CompletionFinishedH\x00\x42\x07\n\x05\x65vent\"F\n\x10\x43ompletionOpened\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07is_wire\x18\x03 \x01(\x08\"8\n\nDeltaBatch\x12*\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.sluice.inference.v1.Delta\"\xb6\x01\n\x12\x43ompletionFinished\x12+\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1b.sluice.inference.v1.Answer\x12.\n\x08\x61ttempts\x18\x02 \x03(\x0b\x32\x1c.sluice.inference.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\x03 \x01(\x03\x12\x15\n\rprice_version\x18\x04 \x01(\t\x12\x15\n\rattempt_count\x18\x05 \x01(\x05\"\xac\x01\n\x07\x42illing\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\x10\n\x08lease_id\x18\x04 \x01(\t\x12\x0f\n\x07hold_id\x18\x05 \x01(\t\x12\x15\n\rhold_nano_usd\x18\x06 \x01(\x03\x12\x30\n\ttask_type\x18\x07 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\"\xd2\x02\n\x0c\x45mbedRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x30\n\ncandidates\x18\x02 \x03(\x0b\x32\x1c.sluice.routing.v1.Candidate\x12\x0e\n\x06inputs\x18\x03 \x03(\t\x12\x1c\n\x0f\x64imension_count\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12-\n\x07\x62illing\x18\x05 \x01(\x0b\x32\x1c.sluice.execution.v1.Billing\x12\x15\n\rend_user_hash\x18\x06 \x01(\t\x12\x41\n\x08metadata\x18\x07 \x03(\x0b\x32/.sluice.execution.v1.EmbedRequest.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x12\n\x10_dimension_count\"\xdb\x01\n\rEmbedResponse\x12\x32\n\nembeddings\x18\x01 \x03(\x0b\x32\x1e.sluice.inference.v1.Embedding\x12)\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12.\n\x08\x61ttempts\x18\x03 \x03(\x0b\x32\x1c.sluice.inference.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\x04 \x01(\x03\x12\x15\n\rprice_version\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\"=\n\x14ListProvidersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"b\n\x15ListProvidersResponse\x12\x30\n\tproviders\x18\x01 \x03(\x0b\x32\x1d.sluice.execution.v1.Provider\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x82\x02\n\x08Provider\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x10\n\x08\x62\x61se_url\x18\x03 \x01(\t\x12\x19\n\x11\x63redential_source\x18\x04 \x01(\t\x12\x1a\n\x12\x63redential_present\x18\x05 \x01(\x08\x12\x30\n\x07targets\x18\x06 \x03(\x0b\x32\x1f.sluice.routing.v1.TargetHealth\x12.\n\nprobe_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0eprobe_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration*j\n\nWireFormat\x12\x1b\n\x17WIRE_FORMAT_UNSPECIFIED\x10\x00\x12\x1b\n\x17WIRE_FORMAT_OPENAI_CHAT\x10\x01\x12\"\n\x1eWIRE_FORMAT_ANTHROPIC_MESSAGES\x10\x02\x32\x90\x03\n\x10\x45xecutionService\x12W\n\x08\x43omplete\x12$.sluice.execution.v1.CompleteRequest\x1a%.sluice.execution.v1.CompleteResponse\x12k\n\x0eStreamComplete\x12*.sluice.execution.v1.StreamCompleteRequest\x1a+.sluice.execution.v1.StreamCompleteResponse0\x01\x12N\n\x05\x45mbed\x12!.sluice.execution.v1.EmbedRequest\x1a\".sluice.execution.v1.EmbedResponse\x12\x66\n\rListProviders\x12).sluice.execution.v1.ListProvidersRequest\x1a*.sluice.execution.v1.ListProvidersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sluice/execution/v1/execution_service.proto\x12\x13sluice.execution.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a sluice/inference/v1/answer.proto\x1a&sluice/inference/v1/conversation.proto\x1a+sluice/inference/v1/inference_service.proto\x1a!sluice/inference/v1/receipt.proto\x1a\'sluice/routing/v1/routing_service.proto\"\xb7\x03\n\x0f\x43ompleteRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x37\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32!.sluice.inference.v1.Conversation\x12\x30\n\ncandidates\x18\x03 \x03(\x0b\x32\x1c.sluice.routing.v1.Candidate\x12-\n\x07\x62illing\x18\x04 \x01(\x0b\x32\x1c.sluice.execution.v1.Billing\x12\x15\n\rend_user_hash\x18\x05 \x01(\t\x12\x44\n\x08metadata\x18\x06 \x03(\x0b\x32\x32.sluice.execution.v1.CompleteRequest.MetadataEntry\x12\x34\n\x0binput_count\x18\x07 \x01(\x0b\x32\x1f.sluice.inference.v1.TokenCount\x12\x15\n\romit_attempts\x18\x08 \x01(\x08\x12\x19\n\x11\x63ount_when_needed\x18\t \x01(\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xb4\x01\n\x10\x43ompleteResponse\x12+\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1b.sluice.inference.v1.Answer\x12.\n\x08\x61ttempts\x18\x02 \x03(\x0b\x32\x1c.sluice.inference.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\x03 \x01(\x03\x12\x15\n\rprice_version\x18\x04 \x01(\t\x12\x15\n\rattempt_count\x18\x05 \x01(\x05\"\xe0\x03\n\x15StreamCompleteRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x37\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32!.sluice.inference.v1.Conversation\x12\x30\n\ncandidates\x18\x03 \x03(\x0b\x32\x1c.sluice.routing.v1.Candidate\x12-\n\x07\x62illing\x18\x04 \x01(\x0b\x32\x1c.sluice.execution.v1.Billing\x12\x15\n\rend_user_hash\x18\x05 \x01(\t\x12J\n\x08metadata\x18\x06 \x03(\x0b\x32\x38.sluice.execution.v1.StreamCompleteRequest.MetadataEntry\x12\x34\n\x0binput_count\x18\x07 \x01(\x0b\x32\x1f.sluice.inference.v1.TokenCount\x12\x36\n\raccepted_wire\x18\x08 \x01(\x0e\x32\x1f.sluice.execution.v1.WireFormat\x12\x15\n\romit_attempts\x18\t \x01(\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xda\x01\n\x16StreamCompleteResponse\x12\x37\n\x06opened\x18\x01 \x01(\x0b\x32%.sluice.execution.v1.CompletionOpenedH\x00\x12\x0e\n\x04wire\x18\x02 \x01(\x0cH\x00\x12\x31\n\x06\x64\x65ltas\x18\x03 \x01(\x0b\x32\x1f.sluice.execution.v1.DeltaBatchH\x00\x12;\n\x08\x66inished\x18\x04 \x01(\x0b\x32\'.sluice.execution.v1.CompletionFinishedH\x00\x42\x07\n\x05\x65vent\"F\n\x10\x43ompletionOpened\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07is_wire\x18\x03 \x01(\x08\"8\n\nDeltaBatch\x12*\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1a.sluice.inference.v1.Delta\"\xb6\x01\n\x12\x43ompletionFinished\x12+\n\x06\x61nswer\x18\x01 \x01(\x0b\x32\x1b.sluice.inference.v1.Answer\x12.\n\x08\x61ttempts\x18\x02 \x03(\x0b\x32\x1c.sluice.inference.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\x03 \x01(\x03\x12\x15\n\rprice_version\x18\x04 \x01(\t\x12\x15\n\rattempt_count\x18\x05 \x01(\x05\"\xac\x01\n\x07\x42illing\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\x10\n\x08lease_id\x18\x04 \x01(\t\x12\x0f\n\x07hold_id\x18\x05 \x01(\t\x12\x15\n\rhold_nano_usd\x18\x06 \x01(\x03\x12\x30\n\ttask_type\x18\x07 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\"\xd2\x02\n\x0c\x45mbedRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x30\n\ncandidates\x18\x02 \x03(\x0b\x32\x1c.sluice.routing.v1.Candidate\x12\x0e\n\x06inputs\x18\x03 \x03(\t\x12\x1c\n\x0f\x64imension_count\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12-\n\x07\x62illing\x18\x05 \x01(\x0b\x32\x1c.sluice.execution.v1.Billing\x12\x15\n\rend_user_hash\x18\x06 \x01(\t\x12\x41\n\x08metadata\x18\x07 \x03(\x0b\x32/.sluice.execution.v1.EmbedRequest.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x12\n\x10_dimension_count\"\xdb\x01\n\rEmbedResponse\x12\x32\n\nembeddings\x18\x01 \x03(\x0b\x32\x1e.sluice.inference.v1.Embedding\x12)\n\x05usage\x18\x02 \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12.\n\x08\x61ttempts\x18\x03 \x03(\x0b\x32\x1c.sluice.inference.v1.Attempt\x12\x15\n\rcost_nano_usd\x18\x04 \x01(\x03\x12\x15\n\rprice_version\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\"=\n\x14ListProvidersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"b\n\x15ListProvidersResponse\x12\x30\n\tproviders\x18\x01 \x03(\x0b\x32\x1d.sluice.execution.v1.Provider\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x82\x02\n\x08Provider\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x10\n\x08\x62\x61se_url\x18\x03 \x01(\t\x12\x19\n\x11\x63redential_source\x18\x04 \x01(\t\x12\x1a\n\x12\x63redential_present\x18\x05 \x01(\x08\x12\x30\n\x07targets\x18\x06 \x03(\x0b\x32\x1f.sluice.routing.v1.TargetHealth\x12.\n\nprobe_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0eprobe_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration*j\n\nWireFormat\x12\x1b\n\x17WIRE_FORMAT_UNSPECIFIED\x10\x00\x12\x1b\n\x17WIRE_FORMAT_OPENAI_CHAT\x10\x01\x12\"\n\x1eWIRE_FORMAT_ANTHROPIC_MESSAGES\x10\x02\x32\x90\x03\n\x10\x45xecutionService\x12W\n\x08\x43omplete\x12$.sluice.execution.v1.CompleteRequest\x1a%.sluice.execution.v1.CompleteResponse\x12k\n\x0eStreamComplete\x12*.sluice.execution.v1.StreamCompleteRequest\x1a+.sluice.execution.v1.StreamCompleteResponse0\x01\x12N\n\x05\x45mbed\x12!.sluice.execution.v1.EmbedRequest\x1a\".sluice.execution.v1.EmbedResponse\x12\x66\n\rListProviders\x12).sluice.execution.v1.ListProvidersRequest\x1a*.sluice.execution.v1.ListProvidersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,40 +44,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMCOMPLETEREQUEST_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_EMBEDREQUEST_METADATAENTRY']._loaded_options = None
   _globals['_EMBEDREQUEST_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_WIREFORMAT']._serialized_start=3107
-  _globals['_WIREFORMAT']._serialized_end=3213
+  _globals['_WIREFORMAT']._serialized_start=3134
+  _globals['_WIREFORMAT']._serialized_end=3240
   _globals['_COMPLETEREQUEST']._serialized_start=329
-  _globals['_COMPLETEREQUEST']._serialized_end=741
-  _globals['_COMPLETEREQUEST_METADATAENTRY']._serialized_start=694
-  _globals['_COMPLETEREQUEST_METADATAENTRY']._serialized_end=741
-  _globals['_COMPLETERESPONSE']._serialized_start=744
-  _globals['_COMPLETERESPONSE']._serialized_end=924
-  _globals['_STREAMCOMPLETEREQUEST']._serialized_start=927
-  _globals['_STREAMCOMPLETEREQUEST']._serialized_end=1407
-  _globals['_STREAMCOMPLETEREQUEST_METADATAENTRY']._serialized_start=694
-  _globals['_STREAMCOMPLETEREQUEST_METADATAENTRY']._serialized_end=741
-  _globals['_STREAMCOMPLETERESPONSE']._serialized_start=1410
-  _globals['_STREAMCOMPLETERESPONSE']._serialized_end=1628
-  _globals['_COMPLETIONOPENED']._serialized_start=1630
-  _globals['_COMPLETIONOPENED']._serialized_end=1700
-  _globals['_DELTABATCH']._serialized_start=1702
-  _globals['_DELTABATCH']._serialized_end=1758
-  _globals['_COMPLETIONFINISHED']._serialized_start=1761
-  _globals['_COMPLETIONFINISHED']._serialized_end=1943
-  _globals['_BILLING']._serialized_start=1946
-  _globals['_BILLING']._serialized_end=2118
-  _globals['_EMBEDREQUEST']._serialized_start=2121
-  _globals['_EMBEDREQUEST']._serialized_end=2459
-  _globals['_EMBEDREQUEST_METADATAENTRY']._serialized_start=694
-  _globals['_EMBEDREQUEST_METADATAENTRY']._serialized_end=741
-  _globals['_EMBEDRESPONSE']._serialized_start=2462
-  _globals['_EMBEDRESPONSE']._serialized_end=2681
-  _globals['_LISTPROVIDERSREQUEST']._serialized_start=2683
-  _globals['_LISTPROVIDERSREQUEST']._serialized_end=2744
-  _globals['_LISTPROVIDERSRESPONSE']._serialized_start=2746
-  _globals['_LISTPROVIDERSRESPONSE']._serialized_end=2844
-  _globals['_PROVIDER']._serialized_start=2847
-  _globals['_PROVIDER']._serialized_end=3105
-  _globals['_EXECUTIONSERVICE']._serialized_start=3216
-  _globals['_EXECUTIONSERVICE']._serialized_end=3616
+  _globals['_COMPLETEREQUEST']._serialized_end=768
+  _globals['_COMPLETEREQUEST_METADATAENTRY']._serialized_start=721
+  _globals['_COMPLETEREQUEST_METADATAENTRY']._serialized_end=768
+  _globals['_COMPLETERESPONSE']._serialized_start=771
+  _globals['_COMPLETERESPONSE']._serialized_end=951
+  _globals['_STREAMCOMPLETEREQUEST']._serialized_start=954
+  _globals['_STREAMCOMPLETEREQUEST']._serialized_end=1434
+  _globals['_STREAMCOMPLETEREQUEST_METADATAENTRY']._serialized_start=721
+  _globals['_STREAMCOMPLETEREQUEST_METADATAENTRY']._serialized_end=768
+  _globals['_STREAMCOMPLETERESPONSE']._serialized_start=1437
+  _globals['_STREAMCOMPLETERESPONSE']._serialized_end=1655
+  _globals['_COMPLETIONOPENED']._serialized_start=1657
+  _globals['_COMPLETIONOPENED']._serialized_end=1727
+  _globals['_DELTABATCH']._serialized_start=1729
+  _globals['_DELTABATCH']._serialized_end=1785
+  _globals['_COMPLETIONFINISHED']._serialized_start=1788
+  _globals['_COMPLETIONFINISHED']._serialized_end=1970
+  _globals['_BILLING']._serialized_start=1973
+  _globals['_BILLING']._serialized_end=2145
+  _globals['_EMBEDREQUEST']._serialized_start=2148
+  _globals['_EMBEDREQUEST']._serialized_end=2486
+  _globals['_EMBEDREQUEST_METADATAENTRY']._serialized_start=721
+  _globals['_EMBEDREQUEST_METADATAENTRY']._serialized_end=768
+  _globals['_EMBEDRESPONSE']._serialized_start=2489
+  _globals['_EMBEDRESPONSE']._serialized_end=2708
+  _globals['_LISTPROVIDERSREQUEST']._serialized_start=2710
+  _globals['_LISTPROVIDERSREQUEST']._serialized_end=2771
+  _globals['_LISTPROVIDERSRESPONSE']._serialized_start=2773
+  _globals['_LISTPROVIDERSRESPONSE']._serialized_end=2871
+  _globals['_PROVIDER']._serialized_start=2874
+  _globals['_PROVIDER']._serialized_end=3132
+  _globals['_EXECUTIONSERVICE']._serialized_start=3243
+  _globals['_EXECUTIONSERVICE']._serialized_end=3643
 # @@protoc_insertion_point(module_scope)

@@ -84,12 +84,17 @@ class CompleteRequest(_message.Message):
     METADATA_FIELD_NUMBER: _builtins.int
     INPUT_COUNT_FIELD_NUMBER: _builtins.int
     OMIT_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    COUNT_WHEN_NEEDED_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """Operation this belongs to; attempt ids are derived from it. Required."""
     end_user_hash: _builtins.str
     """Hash of the application's user name, for providers that want one. Empty: none."""
     omit_attempts: _builtins.bool
     """Leave `attempts` out of the answer: nobody will ask for a receipt. `attempt_count` is there all the same."""
+    count_when_needed: _builtins.bool
+    """The prompt was not counted: `input_count` goes by its size. Where an attempt has to be charged without its provider's usage (it
+    reported none, the caller went away), the prompt is counted then, for the attempt's model.
+    """
     @_builtins.property
     def conversation(self) -> _conversation_pb2.Conversation:
         """What to continue. Required; `max_output_tokens` is already clamped to the hold."""
@@ -121,10 +126,11 @@ class CompleteRequest(_message.Message):
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         input_count: _receipt_pb2.TokenCount | None = ...,
         omit_attempts: _builtins.bool = ...,
+        count_when_needed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "conversation", b"conversation", "input_count", b"input_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "candidates", b"candidates", "conversation", b"conversation", "end_user_hash", b"end_user_hash", "input_count", b"input_count", "metadata", b"metadata", "omit_attempts", b"omit_attempts", "operation_id", b"operation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["billing", b"billing", "candidates", b"candidates", "conversation", b"conversation", "count_when_needed", b"count_when_needed", "end_user_hash", b"end_user_hash", "input_count", b"input_count", "metadata", b"metadata", "omit_attempts", b"omit_attempts", "operation_id", b"operation_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
