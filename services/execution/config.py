@@ -41,7 +41,7 @@ class Config:
         minimum=65_536,
     )
     count_timeout: float = setting(
-        2.0,
+        0.5,
         "Counting a prompt that was sent uncounted and has to be charged by our count; then it is charged by its size",
         unit="s",
         minimum=0.05,

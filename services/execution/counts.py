@@ -48,7 +48,7 @@ class Counts:
             return None
         finally:
             self._asking -= 1
-        return response.counts[0].token_count
+        return next((count.token_count for count in response.counts), None)
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs `work`, for which nobody waits."""
