@@ -725,3 +725,35 @@ async def test_the_start_of_an_uncounted_attempt_says_what_its_size_says(tmp_pat
         await made.operation("e", **_BY_SIZE).complete()
     [record] = began
     assert (record.usage.input_token_count, record.cost_nano_usd) == (400, 400_000)
+
+
+@pytest.mark.parametrize("script", ["usage", "no usage", "read, then another"])
+async def test_who_leaves_at_any_step_leaves_one_settlement_for_each_attempt(tmp_path: Path, script: str) -> None:
+    whole = {"id": "x", "choices": [{"message": {"content": "abcdef"}, "finish_reason": "stop"}]}
+    scripts = {"usage": good, "no usage": document(whole), "read, then another": hangs}
+    charges = {0, 11_000, COST, 11 * 1000 + 3 * 2000}
+    ends: set[str] = set()
+    async with world(tmp_path, a=scripts[script], b=good) as made:
+        candidates = [candidate("a", attempt_timeout=Duration(nanos=15_000_000)), candidate("b")]
+        # The steps are not the same every time: sockets and a timer are among them.
+        for turns in range(120):
+            before = len(await made.settled())
+            operation = made.operation(candidates=candidates, operation_id=f"op-{turns}", **_BY_SIZE)
+            task = asyncio.create_task(operation.complete())
+            for _ in range(turns):
+                await asyncio.sleep(0 if turns % 2 else 0.0005)
+                if task.done():
+                    break
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            ends.add("cancelled" if task.cancelled() else "answered")
+            settled = (await made.settled())[before:]
+            assert not made.spool._open
+            ids = [one.attempt_id for one in settled]
+            assert ids == [f"op-{turns}/{number + 1}" for number in range(len(ids))]
+            assert {one.cost_nano_usd for one in settled} <= charges
+            assert sum(one.is_final for one in settled) <= 1
+            if task.done() and not task.cancelled():
+                assert sum(one.cost_nano_usd for one in settled) == operation.cost
+        assert all(target.breaker.in_flight == 0 for target in made.targets)
+    assert ends == {"cancelled", "answered"}
