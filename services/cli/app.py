@@ -12,6 +12,7 @@ from rich.console import Console
 from services.cli import accounts, demonstration, doctor, up
 from services.cli.client import failures, pages
 from services.cli.jobs import jobs
+from services.cli.ledger import ledger
 from services.cli.rendering import (
     money,
     open_console,
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(accounts.tenants, name="tenants")
 app.add_typer(accounts.keys, name="keys")
 app.add_typer(jobs, name="jobs")
+app.add_typer(ledger, name="ledger")
 app.command("usage")(accounts.usage)
 app.command("up")(up.command)
 app.command("demo")(demonstration.command)

@@ -6,10 +6,13 @@ Failure
     ├── BudgetExhausted     a budget doesn't cover the hold
     ├── NotFound            no such tenant, project, key or hold
     ├── Exists              the id is taken
+    ├── LedgerFileError     a ledger's file, or a backup of one, isn't what it should be
     └── StoreUnavailable    the ledger store can't be used
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from services.runtime.errors import Failure, Reason
 
@@ -50,6 +53,13 @@ class Exists(MeteringError):
 
     def __init__(self, what: str) -> None:
         super().__init__(Reason.RESOURCE_EXISTS, f"{what} exists already", metadata={"resource": what})
+
+
+class LedgerFileError(MeteringError):
+    """A ledger's file, or a backup of one, isn't what it should be."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(Reason.STATE_CONFLICT, f"{path} {what}", metadata={"path": str(path)})
 
 
 class StoreUnavailable(MeteringError):

@@ -113,8 +113,20 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """A journal up to an entry."""
+
+    sequence: int
+    """Place of the entry; 0: before the first."""
+    hash: bytes
+    """Its hash; GENESIS before the first."""
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What a check of the whole ledger found."""
+
+    head: Head
 
     entries: int
     debits: int

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.metering.accounts import Key, Limits, Payer, Project, Tenant
-from services.metering.ledger import Entry, Hold, HoldState, PostState, Settlement, Slice, Verdict
+from services.metering.ledger import Entry, Head, Hold, HoldState, PostState, Settlement, Slice, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,5 +143,10 @@ class Store(Protocol):
         Those of an operation are found by their attempt ids, which are `<operation>/...`.
         """
 
-    async def verify(self) -> Verdict:
-        """Checks the whole ledger: the hash chain, and that balances are what the journal and reservations say."""
+    async def head(self) -> Head:
+        """The last entry's place and hash."""
+
+    async def verify(self, expected: Head | None = None) -> Verdict:
+        """Checks the whole ledger: the hash chain, that `expected`, a head of earlier, is in it, that balances are what the journal and
+        reservations say, and what the database itself can check. Damage is a problem, not an error.
+        """

@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from services.metering.accounts import Balance, Key, Limits, Project, Tenant, key_account
 from services.metering.cost import Price, cost_of
 from services.metering.leasing import Grant
-from services.metering.ledger import PLATFORM, Entry, HoldState, Settlement
+from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, HoldState, Settlement, Verdict
 from services.metering.ports import Posted, UsageRow
 from services.metering.pricebook import PriceBook
 from services.runtime.errors import invalid
@@ -344,6 +344,32 @@ def entry_to_proto(posted: Posted) -> usage_service_pb2.LedgerEntry:
         post_time=timestamp(entry.post_micros / 1e6),
         outcome=entry.outcome,  # type: ignore[arg-type]  # stored as it came
         flags=[flag for flag in entry.flags.split(",") if flag],
+    )
+
+
+def head_from_proto(message: usage_service_pb2.LedgerHead, field: str) -> Head:
+    """A kept head. Raises Failure (REQUEST_INVALID)."""
+    if message.sequence < 0:
+        raise invalid(f"{field}.sequence", f"must not be negative, got {message.sequence}")
+    if len(message.hash) != len(GENESIS):
+        raise invalid(f"{field}.hash", f"must have {len(GENESIS)} bytes, got {len(message.hash)}")
+    return Head(message.sequence, message.hash)
+
+
+def head_to_proto(head: Head) -> usage_service_pb2.LedgerHead:
+    """A head."""
+    return usage_service_pb2.LedgerHead(sequence=head.sequence, hash=head.hash)
+
+
+def verdict_to_proto(verdict: Verdict) -> usage_service_pb2.VerifyLedgerResponse:
+    """What a check found."""
+    return usage_service_pb2.VerifyLedgerResponse(
+        head=head_to_proto(verdict.head),
+        ok=not verdict.problems and verdict.debits == verdict.credits,
+        entry_count=verdict.entries,
+        debit_nano_usd=verdict.debits,
+        credit_nano_usd=verdict.credits,
+        problems=verdict.problems,
     )
 
 

@@ -8,7 +8,16 @@ from typing import Final
 
 from services.metering.errors import KeyUnknown
 from services.metering.ports import Store, UsageFilter
-from services.metering.proto import entry_to_proto, micros_of, page_size, price_to_proto, usage_row_to_proto
+from services.metering.proto import (
+    entry_to_proto,
+    head_from_proto,
+    head_to_proto,
+    micros_of,
+    page_size,
+    price_to_proto,
+    usage_row_to_proto,
+    verdict_to_proto,
+)
 from services.metering.service import Prices
 from services.runtime.call import Call, CallerKind
 from services.runtime.errors import Failure, Reason, invalid
@@ -103,17 +112,20 @@ class UsageServicer:
 
     async def VerifyLedger(self, request: pb2.VerifyLedgerRequest, call: Call) -> pb2.VerifyLedgerResponse:
         """See the proto."""
-        if call.caller.kind is CallerKind.ANONYMOUS:
-            raise Failure(
-                Reason.PERMISSION_DENIED, "the whole ledger is the administrator's to verify", metadata={"scope": "admin"}
-            )
-        verdict = await self._store.verify()
-        return pb2.VerifyLedgerResponse(
-            ok=not verdict.problems and verdict.debits == verdict.credits,
-            entry_count=verdict.entries,
-            debit_nano_usd=verdict.debits,
-            credit_nano_usd=verdict.credits,
-            problems=verdict.problems,
+        _require_admin(call)
+        expected = head_from_proto(request.expected_head, "expected_head") if request.HasField("expected_head") else None
+        return verdict_to_proto(await self._store.verify(expected))
+
+    async def GetLedgerHead(self, request: pb2.GetLedgerHeadRequest, call: Call) -> pb2.GetLedgerHeadResponse:
+        """See the proto."""
+        _require_admin(call)
+        return pb2.GetLedgerHeadResponse(head=head_to_proto(await self._store.head()))
+
+
+def _require_admin(call: Call) -> None:
+    if call.caller.kind is CallerKind.ANONYMOUS:
+        raise Failure(
+            Reason.PERMISSION_DENIED, "the whole ledger is the administrator's to verify", metadata={"scope": "admin"}
         )
 
 

@@ -61,9 +61,9 @@ class Scenario:
 
 def registered() -> tuple[Scenario, ...]:
     """Every scenario there is. A new issue brings a module and its line here."""
-    from tests.proof import mesh
+    from tests.proof import mesh, money
 
-    return (*mesh.SCENARIOS,)
+    return (*mesh.SCENARIOS, *money.SCENARIOS)
 
 
 def select(only: Sequence[str]) -> list[Scenario]:

@@ -32,11 +32,13 @@ from services.metering.accounts import (
     project_account,
     tenant_account,
 )
+from services.metering.audit import MOST_PROBLEMS, Audit
 from services.metering.errors import BudgetExhausted, Exists, MeteringError, NotFound, StoreUnavailable
 from services.metering.ledger import (
     GENESIS,
     PLATFORM,
     Entry,
+    Head,
     Hold,
     HoldState,
     PostState,
@@ -47,7 +49,8 @@ from services.metering.ledger import (
 )
 from services.metering.ports import Chain, Change, Posted, UsageFilter, UsageRow
 
-_SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 2
+FILE_NAME: Final = "ledger.db"
 _MOST_PER_COMMIT: Final = 512
 _VARIABLES: Final = 500
 _LEVELS: Final = (Level.KEY.value, Level.PROJECT.value, Level.TENANT.value)
@@ -193,19 +196,18 @@ class SqliteStore:
 
     def _migrate(self) -> None:
         version = self._write.execute("PRAGMA user_version").fetchone()[0]
-        if version > _SCHEMA_VERSION:
+        if version > SCHEMA_VERSION:
             raise RuntimeError(
-                f"the ledger has schema version {version} and this Sluice knows {_SCHEMA_VERSION}; use a newer one"
+                f"the ledger has schema version {version} and this Sluice knows {SCHEMA_VERSION}; use a newer one"
             )
         if version == 0:
-            self._write.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_SCHEMA_VERSION}; COMMIT;")
+            self._write.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
             return
-        for old in range(version, _SCHEMA_VERSION):
+        for old in range(version, SCHEMA_VERSION):
             self._write.executescript(f"BEGIN; {_MIGRATIONS[old]} PRAGMA user_version={old + 1}; COMMIT;")
 
     def _last_hash(self) -> bytes:
-        row = self._write.execute("SELECT hash FROM journal ORDER BY sequence DESC LIMIT 1").fetchone()
-        return GENESIS if row is None else bytes(row[0])
+        return _head(self._write).hash
 
     # The writer thread.
 
@@ -684,9 +686,13 @@ class SqliteStore:
             lambda c: [Posted(row[0], Entry(*row[1:])) for row in c.execute(statement, (*values, limit))]
         )
 
-    async def verify(self) -> Verdict:
+    async def head(self) -> Head:
         """See Store."""
-        return await self._reported(_verify)
+        return await self._found(_head)
+
+    async def verify(self, expected: Head | None = None) -> Verdict:
+        """See Store."""
+        return await self._reported(lambda c: verify_connection(c, expected))
 
 
 def _insert(c: sqlite3.Connection, values: Sequence[Any]) -> None:
@@ -864,63 +870,64 @@ def _usage_where(wanted: UsageFilter) -> tuple[str, tuple[Any, ...]]:
     return ("WHERE " + " AND ".join(conditions) if conditions else ""), tuple(values)
 
 
-_MOST_PROBLEMS: Final = 100
+_DAMAGED: Final = frozenset((sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB))
 
 
-def _verify(c: sqlite3.Connection) -> Verdict:
-    problems: list[str] = []
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
 
-    def problem(text: str) -> None:
-        if len(problems) < _MOST_PROBLEMS:
-            problems.append(text)
 
-    c.execute("BEGIN")
+def _lenient(data: bytes) -> str:
+    return data.decode(errors="replace")
+
+
+def _head(c: sqlite3.Connection) -> Head:
+    row = c.execute("SELECT sequence, hash FROM journal ORDER BY sequence DESC LIMIT 1").fetchone()
+    return Head(0, GENESIS) if row is None else Head(row[0], bytes(row[1]))
+
+
+def verify_connection(c: sqlite3.Connection, expected: Head | None) -> Verdict:
+    """Checks the ledger behind a connection. Damage is a problem; other errors of the database are raised."""
+    # What is no UTF-8 is shown as wrong and isn't an error of whoever reads it.
+    c.text_factory = _lenient
+    audit = Audit(expected)
     try:
-        head, count, expected = GENESIS, 0, 1
-        debits: dict[str, int] = defaultdict(int)
-        credits_: dict[str, int] = defaultdict(int)
-        spent: dict[str, int] = defaultdict(int)
-        for row in c.execute(f"SELECT sequence, hash, {_ENTRY_COLUMNS} FROM journal ORDER BY sequence"):
-            sequence, stored, entry = row[0], bytes(row[1]), Entry(*row[2:])
-            if sequence != expected:
-                problem(f"entries {expected} to {sequence - 1} are missing")
-            expected = sequence + 1
-            head = chained(head, entry)
-            if head != stored:
-                problem(f"entry {sequence} ({entry.attempt_id!r}) does not follow from those before it")
-                head = stored
-            count += 1
-            debits[entry.debit] += entry.amount
-            credits_[entry.credit] += entry.amount
-            if entry.debit != PLATFORM:
-                for account in Payer(entry.tenant_id, entry.project_id, entry.key_id).accounts:
-                    spent[account] += entry.amount
-        held: dict[str, int] = defaultdict(int)
-        reserved = "SELECT tenant_id, project_id, key_id, amount FROM holds WHERE state = 'open' UNION ALL "
-        reserved += "SELECT tenant_id, project_id, key_id, outstanding FROM leases"
-        for tenant_id, project_id, key_id, amount in c.execute(reserved):
-            for account in Payer(tenant_id, project_id, key_id).accounts:
-                held[account] += amount
-        for name, has_spent, has_held in c.execute("SELECT name, spent, held FROM accounts"):
-            if has_spent != spent[name]:
-                problem(f"{name} says {has_spent} spent, the journal {spent[name]}")
-            if has_held != held[name]:
-                problem(f"{name} says {has_held} held, its reservations {held[name]}")
-            if has_held < 0:
-                problem(f"{name} holds {has_held}, less than nothing")
+        c.execute("BEGIN")
+        _read_all(c, audit)
+    except sqlite3.DatabaseError as error:
+        if not _is_damage(error):
+            raise
+        audit.problem(f"the database is damaged: {error}")
     finally:
-        c.execute("COMMIT")
-    return Verdict(count, sum(debits.values()), sum(credits_.values()), tuple(problems))
+        with contextlib.suppress(sqlite3.Error):
+            c.execute("COMMIT")
+    return audit.verdict()
+
+
+def _read_all(c: sqlite3.Connection, audit: Audit) -> None:
+    # Indices that lack an entry, and pages that can't be what they were.
+    for (text,) in c.execute(f"PRAGMA integrity_check({MOST_PROBLEMS})").fetchall():
+        if text != "ok":
+            audit.problem(f"the database is damaged: {text}")
+    for row in c.execute(f"SELECT sequence, hash, {_ENTRY_COLUMNS} FROM journal ORDER BY sequence"):
+        audit.entry(row[0], row[1], Entry(*row[2:]))
+    audit.entries_end()
+    reserved = "SELECT tenant_id, project_id, key_id, amount FROM holds WHERE state = 'open' UNION ALL "
+    reserved += "SELECT tenant_id, project_id, key_id, outstanding FROM leases"
+    for *ids, amount in c.execute(reserved):
+        audit.reserved(Payer(*ids), amount)
+    audit.accounts(c.execute("SELECT name, spent, held FROM accounts"))
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+def file_lock(directory: Path) -> Iterator[None]:
+    """Held by who writes to the ledger in `directory`. Raises RuntimeError when somebody has it."""
+    with (directory / "ledger.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RuntimeError(
-                f"another metering process uses {path.parent}: with SQLite there is exactly one; stop it, or use PostgreSQL"
+                f"another metering process uses {directory}: with SQLite there is exactly one; stop it, or use PostgreSQL"
             ) from None
         yield
 
@@ -929,8 +936,17 @@ def _locked(path: Path) -> Iterator[None]:
 async def open_store(directory: Path) -> AsyncIterator[SqliteStore]:
     """The store in `directory`, made at the first use."""
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / "ledger.lock"):
-        store = await asyncio.to_thread(SqliteStore, directory / "ledger.db")
+    path = directory / FILE_NAME
+    with file_lock(directory):
+        try:
+            store = await asyncio.to_thread(SqliteStore, path)
+        except sqlite3.DatabaseError as error:
+            if not _is_damage(error):
+                raise
+            raise RuntimeError(
+                f"the ledger {path} is damaged: {error}. `sluice ledger verify --file {path}` says where; put a backup in its place "
+                "with `sluice ledger restore`"
+            ) from error
         try:
             yield store
         finally:

@@ -16,7 +16,7 @@ import pytest
 
 from services.metering.accounts import Balance, Key, Limits, Payer, Project, Tenant
 from services.metering.errors import BudgetExhausted, Exists, NotFound
-from services.metering.ledger import Entry, HoldState, PostState
+from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, HoldState, PostState
 from services.metering.ports import Store, UsageFilter
 from tests.conformance.ledger.examples import ACME, HOUR, NOW, PAYER, key, settlement
 
@@ -464,6 +464,48 @@ class LedgerSuite:
         async with database.open() as store:
             problems = (await store.verify()).problems
             assert any(told in problem for problem in problems), problems
+
+    async def test_the_head_is_the_last_entrys_and_moves_with_each(self, store: Store) -> None:
+        heads = [await store.head()]
+        assert heads == [Head(0, GENESIS)]
+        for number in (1, 2, 3):
+            await store.post([settlement(f"op-{number}/1", amount=number)])
+            heads.append(await store.head())
+        assert [head.sequence for head in heads] == [0, 1, 2, 3]
+        assert len({head.hash for head in heads}) == 4
+        for head in heads:
+            verdict = await store.verify(head)
+            assert (verdict.problems, verdict.head) == ((), heads[-1])
+
+    @pytest.mark.parametrize(
+        ("statement", "told"),
+        [
+            ("DELETE FROM journal WHERE sequence = 3", "entries 3 to 3 are missing: they were there when the head was kept"),
+            # Found by nothing else: each balance is what the journal says, and nobody knows how long it was.
+            ("DELETE FROM journal WHERE sequence = 4", "entries 4 to 4 are missing: they were there when the head was kept"),
+        ],
+    )
+    async def test_a_tail_that_was_cut_is_found_by_a_head_that_was_kept(
+        self, database: Database, statement: str, told: str
+    ) -> None:
+        async with database.open() as store:
+            await store.post([settlement(f"op-{number}/1", amount=number) for number in (1, 2, 3)])
+            if "4" in statement:
+                await store.post([settlement("op-4/1", amount=5, debit=PLATFORM)])
+            kept = await store.head()
+        database.tamper(statement)
+        async with database.open() as store:
+            assert any(told in problem for problem in (await store.verify(kept)).problems)
+            if "4" in statement:
+                assert (await store.verify()).problems == ()
+
+    async def test_a_ledger_written_anew_is_found_by_a_head_that_was_kept(self, store: Store) -> None:
+        await store.post([settlement("op-1/1", amount=1), settlement("op-2/1", amount=1)])
+        real = await store.head()
+        other = Head(1, bytes(15) + b"1")
+        assert (await store.verify(real)).problems == ()
+        (problem,) = (await store.verify(other)).problems
+        assert problem.startswith("entry 1 is not the one whose hash was kept")
 
     @pytest.mark.parametrize("column", Entry._fields)
     async def test_a_change_of_any_column_is_found(self, database: Database, column: str) -> None:

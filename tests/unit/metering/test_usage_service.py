@@ -155,6 +155,8 @@ async def test_nobody_sees_anything_without_a_key_that_may(store: Store, usage: 
             await usage.ListPrices(pb2.ListPricesRequest(), call)
         with refused(Reason.PERMISSION_DENIED, Code.PERMISSION_DENIED):
             await usage.VerifyLedger(pb2.VerifyLedgerRequest(), call)
+        with refused(Reason.PERMISSION_DENIED, Code.PERMISSION_DENIED):
+            await usage.GetLedgerHead(pb2.GetLedgerHeadRequest(), call)
 
 
 async def test_a_revoked_key_sees_nothing_more(store: Store, usage: UsageServicer) -> None:
@@ -200,6 +202,26 @@ async def test_the_verdict_is_of_the_whole_ledger_whoever_of_us_asks(store: Stor
         assert verdict.ok
         assert (verdict.entry_count, verdict.debit_nano_usd, verdict.credit_nano_usd) == (2, 11, 11)
         assert not verdict.problems
+        assert verdict.head == (await usage.GetLedgerHead(pb2.GetLedgerHeadRequest(), call)).head
+        assert (verdict.head.sequence, len(verdict.head.hash)) == (2, 16)
+        assert (await usage.VerifyLedger(pb2.VerifyLedgerRequest(expected_head=verdict.head), call)).ok
+        longer = pb2.LedgerHead(sequence=3, hash=bytes(16))
+        verdict = await usage.VerifyLedger(pb2.VerifyLedgerRequest(expected_head=longer), call)
+        assert not verdict.ok
+        assert "entries 3 to 3 are missing" in verdict.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "head"),
+    [
+        ("expected_head.sequence", pb2.LedgerHead(sequence=-1, hash=bytes(16))),
+        ("expected_head.hash", pb2.LedgerHead(sequence=1, hash=b"short")),
+        ("expected_head.hash", pb2.LedgerHead(sequence=1)),
+    ],
+)
+async def test_a_head_that_is_none_is_refused(usage: UsageServicer, field: str, head: pb2.LedgerHead) -> None:
+    with refused_field(field):
+        await usage.VerifyLedger(pb2.VerifyLedgerRequest(expected_head=head), AS_ADMIN)
 
 
 @pytest.mark.parametrize(

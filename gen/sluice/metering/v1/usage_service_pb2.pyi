@@ -424,8 +424,34 @@ class ListPricesResponse(_message.Message):
 Global___ListPricesResponse: _TypeAlias = ListPricesResponse  # noqa: Y015
 
 @_typing.final
-class VerifyLedgerRequest(_message.Message):
-    """VerifyLedgerRequest asks to check the books."""
+class LedgerHead(_message.Message):
+    """LedgerHead stands for a journal up to an entry, and for every byte of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Place of the entry; 0: before the first."""
+    hash: _builtins.bytes
+    """Its hash, which covers all entries before it; 16 bytes, zeros before the first."""
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        hash: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerHead: _TypeAlias = LedgerHead  # noqa: Y015
+
+@_typing.final
+class GetLedgerHeadRequest(_message.Message):
+    """GetLedgerHeadRequest asks for the head."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -435,6 +461,56 @@ class VerifyLedgerRequest(_message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLedgerHeadRequest: _TypeAlias = GetLedgerHeadRequest  # noqa: Y015
+
+@_typing.final
+class GetLedgerHeadResponse(_message.Message):
+    """GetLedgerHeadResponse has the head."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def head(self) -> Global___LedgerHead:
+        """Of the journal as it is committed."""
+
+    def __init__(
+        self,
+        *,
+        head: Global___LedgerHead | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLedgerHeadResponse: _TypeAlias = GetLedgerHeadResponse  # noqa: Y015
+
+@_typing.final
+class VerifyLedgerRequest(_message.Message):
+    """VerifyLedgerRequest asks to check the books."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPECTED_HEAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def expected_head(self) -> Global___LedgerHead:
+        """A head of this journal that was kept: its entry must be there, with this hash. Absent: what was cut off at the end is only found
+        where balances tell of it.
+        """
+
+    def __init__(
+        self,
+        *,
+        expected_head: Global___LedgerHead | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expected_head", b"expected_head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_head", b"expected_head"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -451,6 +527,7 @@ class VerifyLedgerResponse(_message.Message):
     DEBIT_NANO_USD_FIELD_NUMBER: _builtins.int
     CREDIT_NANO_USD_FIELD_NUMBER: _builtins.int
     PROBLEMS_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
     ok: _builtins.bool
     """Whether all is well."""
     entry_count: _builtins.int
@@ -463,6 +540,10 @@ class VerifyLedgerResponse(_message.Message):
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What is wrong, for people. At most 100."""
 
+    @_builtins.property
+    def head(self) -> Global___LedgerHead:
+        """The head of what was checked."""
+
     def __init__(
         self,
         *,
@@ -471,10 +552,11 @@ class VerifyLedgerResponse(_message.Message):
         debit_nano_usd: _builtins.int = ...,
         credit_nano_usd: _builtins.int = ...,
         problems: _abc.Iterable[_builtins.str] | None = ...,
+        head: Global___LedgerHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_nano_usd", b"credit_nano_usd", "debit_nano_usd", b"debit_nano_usd", "entry_count", b"entry_count", "ok", b"ok", "problems", b"problems"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_nano_usd", b"credit_nano_usd", "debit_nano_usd", b"debit_nano_usd", "entry_count", b"entry_count", "head", b"head", "ok", b"ok", "problems", b"problems"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,6 +55,11 @@ class UsageServiceStub(object):
                 request_serializer=sluice_dot_metering_dot_v1_dot_usage__service__pb2.VerifyLedgerRequest.SerializeToString,
                 response_deserializer=sluice_dot_metering_dot_v1_dot_usage__service__pb2.VerifyLedgerResponse.FromString,
                 _registered_method=True)
+        self.GetLedgerHead = channel.unary_unary(
+                '/sluice.metering.v1.UsageService/GetLedgerHead',
+                request_serializer=sluice_dot_metering_dot_v1_dot_usage__service__pb2.GetLedgerHeadRequest.SerializeToString,
+                response_deserializer=sluice_dot_metering_dot_v1_dot_usage__service__pb2.GetLedgerHeadResponse.FromString,
+                _registered_method=True)
 
 
 class UsageServiceServicer(object):
@@ -90,6 +95,14 @@ class UsageServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLedgerHead(self, request, context):
+        """The last entry's place and hash, to be kept where who can write to the ledger can't: with it a later check finds a journal that was
+        cut, or written anew as a whole. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_UsageServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -112,6 +125,11 @@ def add_UsageServiceServicer_to_server(servicer, server):
                     servicer.VerifyLedger,
                     request_deserializer=sluice_dot_metering_dot_v1_dot_usage__service__pb2.VerifyLedgerRequest.FromString,
                     response_serializer=sluice_dot_metering_dot_v1_dot_usage__service__pb2.VerifyLedgerResponse.SerializeToString,
+            ),
+            'GetLedgerHead': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLedgerHead,
+                    request_deserializer=sluice_dot_metering_dot_v1_dot_usage__service__pb2.GetLedgerHeadRequest.FromString,
+                    response_serializer=sluice_dot_metering_dot_v1_dot_usage__service__pb2.GetLedgerHeadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -223,6 +241,33 @@ class UsageService(object):
             '/sluice.metering.v1.UsageService/VerifyLedger',
             sluice_dot_metering_dot_v1_dot_usage__service__pb2.VerifyLedgerRequest.SerializeToString,
             sluice_dot_metering_dot_v1_dot_usage__service__pb2.VerifyLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLedgerHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sluice.metering.v1.UsageService/GetLedgerHead',
+            sluice_dot_metering_dot_v1_dot_usage__service__pb2.GetLedgerHeadRequest.SerializeToString,
+            sluice_dot_metering_dot_v1_dot_usage__service__pb2.GetLedgerHeadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,10 @@ class UsageServiceStub:
     """Checks the books: debits equal credits, balances equal the replayed journal, the hash chain is whole. Idempotent; takes
     time in proportion to the journal.
     """
+    GetLedgerHead: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.GetLedgerHeadRequest, _usage_service_pb2.GetLedgerHeadResponse]
+    """The last entry's place and hash, to be kept where who can write to the ledger can't: with it a later check finds a journal that was
+    cut, or written anew as a whole. Idempotent.
+    """
 
 @_typing.type_check_only
 class UsageServiceAsyncStub(UsageServiceStub):
@@ -58,6 +62,10 @@ class UsageServiceAsyncStub(UsageServiceStub):
     VerifyLedger: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.VerifyLedgerRequest, _usage_service_pb2.VerifyLedgerResponse]  # type: ignore[assignment]
     """Checks the books: debits equal credits, balances equal the replayed journal, the hash chain is whole. Idempotent; takes
     time in proportion to the journal.
+    """
+    GetLedgerHead: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.GetLedgerHeadRequest, _usage_service_pb2.GetLedgerHeadResponse]  # type: ignore[assignment]
+    """The last entry's place and hash, to be kept where who can write to the ledger can't: with it a later check finds a journal that was
+    cut, or written anew as a whole. Idempotent.
     """
 
 class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -95,6 +103,16 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_usage_service_pb2.VerifyLedgerResponse, _abc.Awaitable[_usage_service_pb2.VerifyLedgerResponse]]:
         """Checks the books: debits equal credits, balances equal the replayed journal, the hash chain is whole. Idempotent; takes
         time in proportion to the journal.
+        """
+
+    @_abc_1.abstractmethod
+    def GetLedgerHead(
+        self,
+        request: _usage_service_pb2.GetLedgerHeadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_usage_service_pb2.GetLedgerHeadResponse, _abc.Awaitable[_usage_service_pb2.GetLedgerHeadResponse]]:
+        """The last entry's place and hash, to be kept where who can write to the ledger can't: with it a later check finds a journal that was
+        cut, or written anew as a whole. Idempotent.
         """
 
 def add_UsageServiceServicer_to_server(servicer: UsageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
