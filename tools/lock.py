@@ -1,5 +1,7 @@
 """Writes `requirements.lock` (what runs) and `requirements-dev.lock` (what tests and checks need too), with hashes.
 
+Versions that are locked stay as they are while they fit; `--upgrade` takes the newest of all.
+
 Packages that declare giants they don't need are locked without their dependencies: their own line is made apart.
 """
 
@@ -21,13 +23,15 @@ OPTIONS: Final = (
 HEADER: Final = "# Written by `make lock`; install with `pip install --no-deps --require-hashes -r`.\n"
 
 
-def compile_lock(requirements: list[str], target: Path) -> None:
+def compile_lock(requirements: list[str], target: Path, *, upgrade: bool) -> None:
     """Locks `requirements` into `target`."""
     apart = [line for line in requirements if line.startswith(WITHOUT_DEPENDENCIES)]
     rest = [line for line in requirements if line not in apart]
     with tempfile.TemporaryDirectory() as scratch:
         source, output = Path(scratch) / "rest.in", Path(scratch) / "rest.lock"
         source.write_text("\n".join(rest) + "\n")
+        if target.exists() and not upgrade:
+            output.write_text(target.read_text())
         subprocess.run([sys.executable, "-m", "piptools", "compile", *OPTIONS, "-o", str(output), str(source)], check=True)
         text = output.read_text()
         for line in apart:
@@ -46,8 +50,10 @@ def compile_lock(requirements: list[str], target: Path) -> None:
 def main() -> int:
     """Entry point."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    compile_lock(list(project["dependencies"]), ROOT / "requirements.lock")
-    compile_lock([*project["dependencies"], *project["optional-dependencies"]["dev"]], ROOT / "requirements-dev.lock")
+    upgrade = "--upgrade" in sys.argv[1:]
+    runs = list(project["dependencies"])
+    compile_lock(runs, ROOT / "requirements.lock", upgrade=upgrade)
+    compile_lock([*runs, *project["optional-dependencies"]["dev"]], ROOT / "requirements-dev.lock", upgrade=upgrade)
     return 0
 
 

@@ -136,6 +136,12 @@ def _given_port(given: Mapping[str, Any]) -> int:
     return port
 
 
+def _database_url(given: Mapping[str, Any]) -> str:
+    metering = given.get("metering")
+    found = metering.get("database_url") if isinstance(metering, Mapping) else None
+    return str(os.environ.get("SLUICE_METERING__DATABASE_URL") or found or "")
+
+
 def _given_state_dir(config: Path | None) -> Path | None:
     mesh = read_config(config).get("mesh")
     found = mesh.get("state_dir") if isinstance(mesh, Mapping) else None
@@ -176,9 +182,11 @@ def plan(options: Options) -> Plan:
             raise invalid("--replicas", "replicas need --mesh: the compact topology is one process")
         if not 1 <= count <= _MAX_REPLICAS:
             raise invalid("--replicas", f"{service}={count} must be between 1 and {_MAX_REPLICAS}")
-        if service == "metering" and count > 1:
-            raise invalid("--replicas", "metering on SQLite is exactly one process; more need PostgreSQL")
     given = read_config(options.config)
+    if options.replicas.get("metering", 1) > 1 and not _database_url(given):
+        raise invalid(
+            "--replicas", "metering on SQLite is exactly one process; more need PostgreSQL: set metering.database_url"
+        )
     state = options.state_dir.resolve()
     state.mkdir(parents=True, exist_ok=True)
     secrets = Secrets.load_or_create(state)

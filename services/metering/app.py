@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final
 
 from services.metering import pricebook
 from services.metering.accounts import Key, Limits
-from services.metering.adapters import genai
-from services.metering.adapters.sqlite import open_store
+from services.metering.adapters import genai, postgres, sqlite
 from services.metering.config import Config
 from services.metering.errors import StoreUnavailable
 from services.metering.leasing import Defaults, Leasing
+from services.metering.ports import Store
 from services.metering.pricebook import PriceBook
 from services.metering.service import MeteringServicer, Prices
 from services.metering.tenancy import Tenancy
@@ -40,13 +41,29 @@ def _read_book(path: Path) -> PriceBook:
     return pricebook.build(content, genai.seed)
 
 
+def _open_store(config: Config, process: Process) -> AbstractAsyncContextManager[Store]:
+    """The ledger's store. Raises ConfigError."""
+    if not config.database_url:
+        return sqlite.open_store(process.state_dir(NAME))
+    try:
+        url = postgres.url_of(config.database_url)
+    except ValueError as error:
+        raise ConfigError([f"metering.database_url: {error}"]) from None
+
+    def failed(error: Exception) -> None:
+        # The driver's own text may quote values; its type and the server's code tell enough.
+        process.log.warning("ledger_unavailable", error=type(error).__name__, sqlstate=postgres.sqlstate(error))
+
+    return postgres.open_store(url, failed)
+
+
 @contextlib.asynccontextmanager
 async def open_service(config: Config, process: Process) -> AsyncIterator[Service]:
     """Opens the ledger, the price book and the tenant `default`."""
     path = process.settings.catalogue
     file = Watch(path)
     prices = Prices(await asyncio.to_thread(_read_book, path))
-    async with open_store(process.state_dir(NAME)) as store:
+    async with _open_store(config, process) as store:
         leasing = Leasing(
             store,
             Defaults(config.requests_per_minute, config.concurrency),

@@ -13,6 +13,12 @@ UNLIMITED = -1
 class Config:
     """Settings of the metering service."""
 
+    database_url: str = setting(
+        "",
+        "Where the ledger is: postgresql://USER:PASSWORD@HOST:PORT/DATABASE. Empty: SQLite in the state directory, for one metering process",
+        maximum=2048,
+        secret=True,
+    )
     requests_per_minute: int = setting(
         120, "Requests per minute of a tenant that has no limit of its own; -1: unlimited", minimum=-1
     )

@@ -350,7 +350,7 @@ def test_containers_start_after_the_health_of_those_they_need(compose: Any) -> N
         needs = service.get("depends_on", {})
         assert all(condition == {"condition": "service_healthy"} for condition in needs.values())
         after[name] = set(needs)
-    assert set().union(*after.values()) <= set(SERVICES) | {"nats"}, "nothing uses Weaviate or PostgreSQL yet"
+    assert set().union(*after.values()) <= set(SERVICES) | {"nats"}, "nobody has to wait for Weaviate or PostgreSQL"
     channels = re.compile(r"process\.channel\(\"(\w+)\"\)")
     for name in SERVICES:
         for callee in channels.findall((ROOT / "services" / name / "app.py").read_text()):

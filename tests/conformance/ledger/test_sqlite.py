@@ -30,7 +30,7 @@ class SqliteDatabase:
     def open(self) -> AbstractAsyncContextManager[Store]:
         return open_store(self._directory)
 
-    def refuses(self, statement: str) -> bool:
+    async def refuses(self, statement: str) -> bool:
         with contextlib.closing(sqlite3.connect(self._directory / "ledger.db")) as connection:
             try:
                 connection.execute(statement)
@@ -40,14 +40,14 @@ class SqliteDatabase:
                 connection.rollback()
         return False
 
-    def tamper(self, statement: str) -> None:
+    async def tamper(self, statement: str) -> None:
         with contextlib.closing(sqlite3.connect(self._directory / "ledger.db")) as connection:
             for name in ("update", "delete"):
                 connection.execute(f"DROP TRIGGER journal_is_append_only_{name}")
             assert connection.execute(statement).rowcount == 1
             connection.commit()
 
-    def stored(self) -> bytes:
+    async def stored(self) -> bytes:
         return b"".join(path.read_bytes() for path in sorted(self._directory.iterdir()))
 
 

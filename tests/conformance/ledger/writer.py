@@ -1,6 +1,6 @@
 """A process that posts settlements for ever and tells which of them were confirmed; a test kills it.
 
-`python -m tests.conformance.ledger.writer <round> sqlite <directory>`. Each line on standard output is the id of an attempt.
+`python -m tests.conformance.ledger.writer <round> sqlite <directory>`, or `postgres <url>`. Each line on standard output is the id of an attempt.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from services.metering.adapters.sqlite import open_store
+from services.metering.adapters import postgres, sqlite
 from services.metering.ports import Store
 from tests.conformance.ledger.examples import settlement
 
@@ -22,7 +22,9 @@ _BATCH = 3
 def store_of(kind: str, place: str) -> AbstractAsyncContextManager[Store]:
     """The store that the arguments name."""
     if kind == "sqlite":
-        return open_store(Path(place))
+        return sqlite.open_store(Path(place))
+    if kind == "postgres":
+        return postgres.open_store(postgres.url_of(place))
     raise SystemExit(f"no store of kind {kind!r}")
 
 
