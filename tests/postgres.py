@@ -82,6 +82,18 @@ class Server:
         """URL of a database, as settings take it."""
         return f"postgresql://{_USER}@127.0.0.1:{self.port}/{database}"
 
+    def cpu_seconds(self) -> float:
+        """CPU time of the server and of those of its processes that run or have ended."""
+        assert self._process is not None
+        pids = [self._process.pid, *_children(self._process.pid)]
+        ticks = 0
+        for pid in pids:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                # utime and stime; of the parent also those of its ended children.
+                ticks += sum(map(int, fields[11:15] if pid == self._process.pid else fields[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     async def new_database(self, like: str = "") -> str:
         """URL of a database of its own: empty, or a copy of the one with the URL `like`, which nobody may use meanwhile."""
         name = f"t{uuid.uuid4().hex}"
@@ -90,6 +102,10 @@ class Server:
             # Through the log: no checkpoint, which a copy of files would need.
             await connection.execute(f'CREATE DATABASE "{name}"{template} STRATEGY wal_log')
         return self.url(name)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 @functools.cache

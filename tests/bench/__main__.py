@@ -1,8 +1,11 @@
-"""`python -m tests.bench`: CPU per request of Sluice in both topologies, against a bare proxy in the same run."""
+"""`python -m tests.bench`: CPU per request of Sluice in both topologies against a bare proxy, and what the ledger takes, each beside its
+reference in the same run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import sys
@@ -16,9 +19,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tests.bench import rig, scenarios
+from tests.bench import ledger, rig, scenarios
 from tests.bench.scenarios import FULL, SHORT, TOPOLOGIES, Figure
 
+_REQUEST_NOTE: Final = (
+    "Minimum · median · maximum of the rounds. CPU time of all of Sluice's processes, NATS included; `bare` is a proxy on the same "
+    "HTTP stack in the same rounds (median, µs a request), `ratio` Sluice's CPU over its; `mark` decides, `goal` is performance.md's."
+)
+_LEDGER_NOTE: Final = (
+    "A pair is a hold and the settlement that ends it, each confirmed when it is on disk (SQLite: synchronous=FULL, PostgreSQL: fsync and "
+    "synchronous_commit). 256 callers; `alone` is one. `bare` writes as many rows on the same store, 64 to a transaction, and checks "
+    "nothing. CPU is of a pair, the server's included."
+)
 _WIDTH: Final = 128
 """Columns of the table where the output is no terminal."""
 
@@ -29,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     errors = Console(stderr=True)
     chosen = scenarios.select(given.only)
-    if not chosen:
-        names = ", ".join(f"{topology}.{scenario.name}" for topology, scenario in scenarios.select(()))
+    stores = [name for name in ledger.NAMES if not given.only or any(part in name for part in given.only)]
+    if not chosen and not stores:
+        names = ", ".join([*(f"{topology}.{scenario.name}" for topology, scenario in scenarios.select(())), *ledger.NAMES])
         errors.print(f"--only {' '.join(given.only)} names no scenario; there are {names}", markup=False)
         return 2
     plan = SHORT if given.short else FULL
@@ -40,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=errors, transient=True) as progress:
-            task = progress.add_task("starting", total=len(chosen))
+            task = progress.add_task("starting", total=len(chosen) + len(stores))
             for topology in TOPOLOGIES:
                 wanted = [scenario for where, scenario in chosen if where == topology]
                 if not wanted:
@@ -54,19 +67,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         figures.append(scenarios.measure(stand, scenario, plan, during=during))
                         console.print(line(figures[-1]), markup=False, highlight=False, soft_wrap=True)
                         progress.advance(task)
+            books = _ledgers(
+                stores,
+                ledger.SHORT if given.short else ledger.FULL,
+                console,
+                lambda name: progress.update(task, description=name),
+            )
     except rig.RigError as error:
         errors.print(f"the bench can't run here: {error}", style="red", markup=False)
         return 2
-    console.print(table(figures))
-    console.print(
-        "Minimum · median · maximum of the rounds. CPU time of all of Sluice's processes, NATS included; `bare` is a proxy on the same "
-        "HTTP stack in the same rounds (median, µs a request), `ratio` Sluice's CPU over its; `mark` decides, `goal` is performance.md's.",
-        style="dim",
-    )
+    if books:
+        console.print(ledger_table(books))
+        console.print(_LEDGER_NOTE, style="dim")
+    if figures:
+        console.print(table(figures))
+        console.print(_REQUEST_NOTE, style="dim")
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps([to_json(figure) for figure in figures], indent=2) + "\n")
-    return int(given.strict and any(figure.verdict in ("short", "void") for figure in figures))
+        written = [*(to_json(figure) for figure in figures), *(asdict(figure) for figure in books)]
+        given.json.write_text(json.dumps(written, indent=2) + "\n")
+    verdicts = [*(figure.verdict for figure in figures), *(figure.verdict for figure in books)]
+    return int(given.strict and any(verdict in ("short", "void") for verdict in verdicts))
+
+
+def _ledgers(names: Sequence[str], plan: ledger.Plan, console: Console, started: Callable[[str], None]) -> list[ledger.Figure]:
+    """Measures the stores of these names, a round of each in turn."""
+    if not names:
+        return []
+    with ledger.places() as places:
+        chosen = [(place, ledger.Figure(place.name, place.mark)) for place in places if place.name in names]
+        for number in range(1, plan.rounds + 1):
+            for place, figure in chosen:
+                started(f"{place.name}, round {number} of {plan.rounds}")
+                figure.rounds.append(asyncio.run(ledger.measure_round(place, plan)))
+    for _, figure in chosen:
+        rate = figure.spread(lambda one: one.rate)[1]
+        text = f"{figure.name}  {rate:,.0f} holds and settlements a second  {figure.verdict}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return [figure for _, figure in chosen]
+
+
+def ledger_table(figures: Sequence[ledger.Figure]) -> Table:
+    """All figures of the ledger."""
+    made = Table(title="The ledger", box=SIMPLE, padding=(0, 1, 0, 0))
+    made.add_column("store", no_wrap=True)
+    for heading in ("pairs/s", "of bare", "hold ms p50 · p99", "alone p50 · p99", "CPU µs", "mark"):
+        made.add_column(heading, justify="right", no_wrap=True)
+    made.add_column("", no_wrap=True, min_width=5)
+
+    def milliseconds(figure: ledger.Figure, of: Callable[[ledger.Round], Sequence[float]]) -> str:
+        middle = [figure.spread(lambda one: ledger.percentile(of(one), share))[1] for share in (0.5, 0.99)]  # noqa: B023
+        return " · ".join(f"{seconds * 1e3:.1f}" for seconds in middle)
+
+    for figure in figures:
+        made.add_row(
+            figure.name,
+            _three(figure.spread(lambda one: one.rate), 0),
+            f"{figure.spread(lambda one: one.rate / one.reference_rate)[1]:.2f}",
+            milliseconds(figure, lambda one: one.hold_seconds),
+            milliseconds(figure, lambda one: one.lone_hold_seconds),
+            f"{figure.spread(lambda one: one.cpu_seconds * 1e6)[1]:.0f}",
+            "-" if figure.mark is None else f"{figure.mark:.0f}",
+            figure.verdict,
+        )
+    return made
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:

@@ -35,7 +35,7 @@ def test_it_holds_in_short(name: str) -> None:
 
 def test_the_bench_runs() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench", "--short", "--only", "compact.passthrough"],
+        [sys.executable, "-m", "tests.bench", "--short", "--only", "compact.passthrough", "--only", "ledger"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -44,3 +44,4 @@ def test_the_bench_runs() -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "compact.passthrough" in done.stdout
+    assert "ledger.postgres" in done.stdout
