@@ -19,6 +19,7 @@ from services.gateway.journal import Journal
 from services.gateway.leases import Leases, SliceSizes
 from services.gateway.operations import ReplayLimits, Requests
 from services.gateway.outcomes import Outcomes
+from services.gateway.owners import Owners, Passing
 from services.gateway.plans import Plans
 from services.gateway.service import InferenceService
 from services.gateway.voids import Voids
@@ -51,6 +52,8 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         execution=ExecutionServiceStub(process.channel("execution")),
         tokenization=tokenization_stub,
     )
+    gateways = process.replicas(NAME)
+    passing = Passing(Owners(gateways, process.replica_id), clock)
     metering = MeteringClient(metering_stub, process.replica_id)
     sizes = SliceSizes(config.lease.request_count, config.lease.token_count, config.lease.concurrency, config.lease.nano_usd)
     leases = Leases(metering, clock, sizes, call_seconds=budgets.lease, max_count=config.lease.max_count)
@@ -74,6 +77,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         hits=HitBook(metering_stub, max_count=config.hit_count, batch_seconds=0.02, call_seconds=budgets.background),
         voids=Voids(metering, max_count=10_000, call_seconds=budgets.background),
         requests=Requests(ReplayLimits(config.replay_count, config.replay_bytes, config.replay_seconds), clock),
+        passing=passing,
         outcomes=Outcomes(config.outcome_count),
         calibrations=Calibrations(
             tokenization_stub,
@@ -144,6 +148,13 @@ def _expose(registry: Registry, around: Surroundings) -> None:
     registry.gauge("gateway_failed_stores", "Answers that the cache didn't take.").set_function(lambda: writer.failed_count)
     registry.gauge("gateway_dropped_hits", "Cache hits not booked since too many waited.").set_function(
         lambda: hits.dropped_count
+    )
+    passing = around.passing
+    registry.gauge("gateway_passed_on", "Requests with an id that another gateway owns, passed on to it.").set_function(
+        lambda: passing.passed_count
+    )
+    registry.gauge("gateway_lost_owners", "Gateways that were lost while a request was passed on to them.").set_function(
+        lambda: passing.lost_count
     )
     registry.gauge("gateway_unvoided_holds", "Holds left to expire by themselves.").set_function(lambda: voids.dropped_count)
     registry.gauge("gateway_lease_failures", "Leases that couldn't be renewed or returned.").set_function(

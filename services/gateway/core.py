@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import time
 import zlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -22,6 +22,7 @@ from services.gateway.cache import CacheClient, CacheWriter, HitBook, may_store
 from services.gateway.calibrations import Calibrations
 from services.gateway.counts import Counts
 from services.gateway.estimates import byte_bound, estimated_count, estimated_tokens
+from services.gateway.events import Opened, StreamEvent
 from services.gateway.executions import deltas_of, embed_to_proto, fill_request, settled_cost
 from services.gateway.features import signals
 from services.gateway.holds import Prompt, Reckoning, clamp, reckon, worst_cost
@@ -31,6 +32,7 @@ from services.gateway.leases import Leases
 from services.gateway.needs import find_needs
 from services.gateway.operations import OperationIds, Requests
 from services.gateway.outcomes import Outcomes, Report
+from services.gateway.owners import Passing
 from services.gateway.plans import OUTAGES, Plan, PlanFields, PlanKey, Plans, round_up
 from services.gateway.ports import Metering
 from services.gateway.principals import Principal
@@ -50,26 +52,9 @@ if TYPE_CHECKING:
     from sluice.routing.v1.routing_service_pb2_grpc import RoutingServiceAsyncStub
     from sluice.tokenization.v1.tokenization_service_pb2_grpc import TokenizationServiceAsyncStub
 
-__all__ = ["Completion", "Core", "CoreLimits", "Opened", "Peers", "Principal", "StreamEvent", "Surroundings"]
+__all__ = ["Completion", "Core", "CoreLimits", "Peers", "Principal", "Surroundings"]
 
 _VERSION_RETRY_SECONDS: Final = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A candidate has begun to answer a stream."""
-
-    operation_id: str
-    request_id: str
-    model: str
-    """Catalogue id of the model that answers."""
-    created: int
-    """Unix seconds."""
-    is_wire: bool
-    """Whether the pieces come as bytes of the accepted wire format, else as DeltaBatch."""
-
-
-StreamEvent = Opened | bytes | execution_service_pb2.DeltaBatch | Completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +94,7 @@ class Surroundings:
     hits: HitBook
     voids: Voids
     requests: Requests[Answered]
+    passing: Passing
     outcomes: Outcomes
     calibrations: Calibrations
     journal: Journal
@@ -137,6 +123,7 @@ class Core:
         self._cache = around.cache
         self._journal = around.journal
         self._sharing = Sharing(around.requests)
+        self._passing = around.passing
         self._limits = limits
         self._clock = clock
         self._ids = OperationIds()
@@ -168,18 +155,33 @@ class Core:
         *,
         deadline: float,
         forward: Metadata = (),
+        is_passed_on: bool = False,
     ) -> Coroutine[Any, Any, Completion]:
-        """Answers a conversation. Failure with any reason that the contract of Generate allows."""
+        """Answers a conversation. Failure with any reason that the contract of Generate allows.
+
+        `is_passed_on`: another gateway takes this one for the owner of the request id.
+        """
         if not request.request_id:
             return self._generate(principal, request, deadline, forward)
-        return self._joined(principal, request, deadline, forward)
+        return self._joined(principal, request, deadline, forward, is_passed_on)
 
     async def _joined(
-        self, principal: Principal, request: inference_service_pb2.GenerateRequest, deadline: float, forward: Metadata
+        self,
+        principal: Principal,
+        request: inference_service_pb2.GenerateRequest,
+        deadline: float,
+        forward: Metadata,
+        is_passed_on: bool,
     ) -> Completion:
         self._check_id(principal, request.request_id)
+        scope = _scope(principal)
+        if not is_passed_on:
+            with self._entered():
+                passed = await self._passing.generate(scope, principal, request, deadline, forward)
+            if passed is not None:
+                return passed
         result = await self._sharing.run(
-            _scope(principal),
+            scope,
             request.request_id,
             request,
             "generate",
@@ -197,14 +199,15 @@ class Core:
         accepted_wire: int,
         deadline: float,
         forward: Metadata = (),
+        is_passed_on: bool = False,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Answers a conversation piece by piece: first Opened, then bytes (only with `is_wire`) or DeltaBatch, last Completion.
 
-        Closing the iterator (`aclose`) cancels the operation, unless others have joined it.
+        Closing the iterator (`aclose`) cancels the operation, unless others have joined it. `is_passed_on` as in `generate`.
         """
         if not request.request_id:
             return self._stream(principal, request, accepted_wire, deadline, forward)
-        return self._joined_stream(principal, request, accepted_wire, deadline, forward)
+        return self._joined_stream(principal, request, accepted_wire, deadline, forward, is_passed_on)
 
     async def embed(
         self,
@@ -213,13 +216,20 @@ class Core:
         *,
         deadline: float,
         forward: Metadata = (),
+        is_passed_on: bool = False,
     ) -> inference_service_pb2.EmbedResponse:
-        """Turns texts into vectors."""
+        """Turns texts into vectors. `is_passed_on` as in `generate`."""
         if not request.request_id:
             return await self._embed(principal, request, deadline, forward)
         self._check_id(principal, request.request_id)
+        scope = _scope(principal)
+        if not is_passed_on:
+            with self._entered():
+                passed = await self._passing.embed(scope, principal, request, deadline, forward)
+            if passed is not None:
+                return passed
         result = await self._sharing.run(
-            _scope(principal),
+            scope,
             request.request_id,
             request,
             "embed",
@@ -432,10 +442,22 @@ class Core:
         accepted_wire: int,
         deadline: float,
         forward: Metadata,
+        is_passed_on: bool,
     ) -> AsyncGenerator[StreamEvent, None]:
         self._check_id(principal, request.request_id)
+        scope = _scope(principal)
+        if not is_passed_on:
+            is_elsewhere = False
+            with self._entered():
+                passed = self._passing.stream(scope, principal, request, deadline, forward)
+                async with contextlib.aclosing(passed) as events:
+                    async for event in events:
+                        is_elsewhere = True
+                        yield event
+            if is_elsewhere:
+                return
         shared = self._sharing.stream(
-            _scope(principal),
+            scope,
             request.request_id,
             request,
             "generate",
@@ -793,9 +815,21 @@ class Core:
                     usage = answer.usage
                     used = usage.input_token_count + usage.output_token_count
             self._leases.leave(lease, used - facts.taken_tokens)
+        self._exit()
+
+    def _exit(self) -> None:
         self._under_way -= 1
         if self._under_way == 0:
             self._idle.set()
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Counts what this process only passes on as under way, too: a drain waits for it."""
+        self._enter()
+        try:
+            yield
+        finally:
+            self._exit()
 
     def _finish(self, facts: Facts) -> Completion:
         answer = facts.answer

@@ -52,6 +52,17 @@ class OperationIds:
         return self._prefix + _PAIRS[count >> 20] + _PAIRS[count >> 10 & 1023] + _PAIRS[count & 1023]
 
 
+def moment_of(operation_id: str) -> float:
+    """When an operation began, Unix seconds; 0 of what is no id of ours."""
+    value = 0
+    for digit in operation_id[:10]:
+        place = _ALPHABET.find(digit)
+        if place < 0:
+            return 0.0
+        value = value << 5 | place
+    return value / 1000
+
+
 _MAX_KEPT_BYTES: Final = 4 * 1024 * 1024
 """Pieces of a stream that are kept for callers that join it later. Past that, pieces that everybody has read are dropped."""
 

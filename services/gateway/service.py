@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from typing import Final, cast
 
-from services.gateway.core import Completion, Core, Opened, Principal
+from services.gateway.core import Completion, Core, Principal
+from services.gateway.events import Opened
+from services.gateway.owners import PASSED_ON
 from services.runtime.call import Call, CallerKind
 from services.runtime.errors import Failure, Reason, invalid
 from sluice.execution.v1 import execution_service_pb2
@@ -34,7 +36,9 @@ class InferenceService:
     ) -> inference_service_pb2.GenerateResponse:
         """As the contract says."""
         principal = await self._principal(call)
-        completion = await self._core.generate(principal, request, deadline=self._deadline(call), forward=call.forward)
+        completion = await self._core.generate(
+            principal, request, deadline=self._deadline(call), forward=call.forward, is_passed_on=_is_passed_on(call)
+        )
         response = inference_service_pb2.GenerateResponse(
             operation_id=completion.operation_id, answer=completion.answer, cost_nano_usd=completion.cost_nano_usd
         )
@@ -49,7 +53,14 @@ class InferenceService:
         principal = await self._principal(call)
         # The two requests have the same fields under the same names, by contract; the core reads names only.
         wanted = cast(inference_service_pb2.GenerateRequest, request)
-        events = self._core.stream(principal, wanted, accepted_wire=0, deadline=self._deadline(call), forward=call.forward)
+        events = self._core.stream(
+            principal,
+            wanted,
+            accepted_wire=0,
+            deadline=self._deadline(call),
+            forward=call.forward,
+            is_passed_on=_is_passed_on(call),
+        )
         try:
             async for event in events:
                 if isinstance(event, execution_service_pb2.DeltaBatch):
@@ -67,7 +78,9 @@ class InferenceService:
     async def Embed(self, request: inference_service_pb2.EmbedRequest, call: Call) -> inference_service_pb2.EmbedResponse:
         """As the contract says."""
         principal = await self._principal(call)
-        return await self._core.embed(principal, request, deadline=self._deadline(call), forward=call.forward)
+        return await self._core.embed(
+            principal, request, deadline=self._deadline(call), forward=call.forward, is_passed_on=_is_passed_on(call)
+        )
 
     async def CountTokens(
         self, request: inference_service_pb2.CountTokensRequest, call: Call
@@ -116,6 +129,11 @@ def secret_of(authorization: str | None, api_key: str | None) -> str | None:
     if authorization is not None and authorization[: len(_BEARER)].lower() == _BEARER:
         return authorization[len(_BEARER) :].strip() or None
     return api_key.strip() or None if api_key is not None else None
+
+
+def _is_passed_on(call: Call) -> bool:
+    """Whether another gateway passed the call on, so that it is run here. Nobody else can say so."""
+    return call.caller.kind is CallerKind.SERVICE and PASSED_ON in call.metadata
 
 
 def _represented(call: Call) -> Principal:

@@ -106,8 +106,7 @@ class Sharing:
         kind: str,
         work: Callable[[Shared[Answered]], Coroutine[Any, Any, Answered]],
     ) -> tuple[Shared[Answered], bool]:
-        # How an answer is asked for, whole or in pieces, is not a part of what is asked.
-        mark = fingerprint(kind.encode() + b"\0" + body.SerializeToString(deterministic=True))
+        mark = _mark(kind, body)
         requests = self._requests
         known = requests.find(tenant_id, request_id, mark)
         if known is not None:
@@ -131,6 +130,16 @@ class Sharing:
 
         shared.work = asyncio.get_running_loop().create_task(run())
         return shared, True
+
+
+def _mark(kind: str, body: Message) -> bytes:
+    """What tells what is asked. How its answer is wanted, whole or in pieces, with a receipt or without, is no part of that."""
+    if getattr(body, "receipt_view", 0):
+        asked = type(body)()
+        asked.CopyFrom(body)
+        asked.ClearField("receipt_view")
+        body = asked
+    return fingerprint(kind.encode() + b"\0" + body.SerializeToString(deterministic=True))
 
 
 @contextlib.contextmanager

@@ -254,6 +254,7 @@ async def _start_servers(
             names,
             authenticator=authenticator,
             admission=admission,
+            replica_id=process.replica_id,
             barrier=process.barrier,
             log=process.log,
         )

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 LINK_SERVICE: Final = "sluice.link.v1.LinkService"
+REPLICA_KEY: Final = "x-sluice-replica"
+"""Initial metadata of a link: which process the caller is talking to."""
 FIRST_CREDITS: Final = 64
 """Replies that a streaming call may send before the caller has taken one."""
 MAX_OUTBOX_BYTES: Final = 64 * 1024 * 1024

@@ -47,17 +47,18 @@ class GrpcServer:
         *,
         authenticator: Authenticator,
         admission: Admission,
+        replica_id: str,
         barrier: Callable[[], None],
         log: Log,
     ) -> None:
-        """`barrier` is called before anything is sent."""
+        """`replica_id` is what links are told to be talking to; `barrier` is called before anything is sent."""
         self._settings = settings
         self._health_names = ("", *health_names)
         self._admission = admission
         self._log = log
         self._health = health.aio.HealthServicer()
         self._barrier = barrier
-        self._links = LinkServer(table, authenticator, admission, barrier=barrier, log=log)
+        self._links = LinkServer(table, authenticator, admission, replica_id=replica_id, barrier=barrier, log=log)
         self._server = grpc.aio.server(
             options=_options(settings),
             interceptors=(_ReflectionGate(authenticator),) if _reflection(settings) is Reflection.AUTHENTICATED else (),

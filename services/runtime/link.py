@@ -15,7 +15,9 @@ import collections
 import ipaddress
 import random
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -23,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Metadata
 from services.runtime.errors import Failure, Reason, deadline_exceeded, unavailable
-from services.runtime.frames import MAX_OUTBOX_BYTES, Outbox, link_options
+from services.runtime.frames import MAX_OUTBOX_BYTES, REPLICA_KEY, Outbox, link_options
 from services.runtime.inproc import MetadataLike
 from services.runtime.interceptors import Log
 from services.runtime.retries import is_idempotent
@@ -108,6 +110,8 @@ class _Link:
         self._serving = False
         self._received = 0.0
         self.suspect_until = 0.0
+        self.replica_id = ""
+        """What the process at the other end calls itself; another after each of its starts."""
 
     @property
     def ready(self) -> bool:
@@ -156,11 +160,12 @@ class _Link:
             tasks: list[asyncio.Task[None]] = []
             try:
                 async with asyncio.timeout(_OPEN_SECONDS):
-                    await exchange.initial_metadata()
+                    greeting = await exchange.initial_metadata()
                 if exchange.done():
                     # A refusal ends the call before it began.
                     await exchange.read()
                 self._outbox = Outbox(link_service_pb2.ExchangeRequest)
+                self.replica_id = next((str(value) for key, value in greeting or () if key == REPLICA_KEY), "")
                 self._connected = True
                 self.suspect_until = 0.0
                 tasks = [
@@ -263,108 +268,19 @@ class _Link:
             frame.credit.message_count = count
 
 
-class LinkChannel:
-    """A channel to a service of another process. Runs inside `async with`, or as long as `run` runs."""
+class _Caller(ABC):
+    """The calls of a channel, each over the link that `_pick` gives."""
 
-    def __init__(
-        self,
-        service: str,
-        endpoints: Iterable[str],
-        *,
-        identity: Metadata = (),
-        max_message_bytes: int = 16 * 1024 * 1024,
-        log: Log,
-    ) -> None:
-        self._service = service
-        self._endpoints = tuple(endpoints)
-        self._identity = identity
-        self._options = link_options(max_message_bytes)
-        self._max_message_bytes = max_message_bytes
-        self._log = log
-        self._links: dict[str, tuple[_Link, asyncio.Task[None]]] = {}
-        self._ready: list[_Link] = []
-        self._turn = 0
-        self._waiters: set[asyncio.Future[None]] = set()
-        self._task: asyncio.Task[None] | None = None
+    _service: str
+    _max_message_bytes: int
 
-    async def __aenter__(self) -> LinkChannel:
-        self._task = asyncio.create_task(self.run(), name=f"links to {self._service}")
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-
-    async def run(self) -> None:
-        """Keeps a link to every address of every endpoint, until cancelled."""
-        try:
-            while True:
-                addresses = await _resolve(self._endpoints)
-                for address in [known for known in self._links if addresses and known not in addresses]:
-                    _, task = self._links.pop(address)
-                    task.cancel()
-                for address in addresses:
-                    if address not in self._links or self._links[address][1].done():
-                        link = _Link(self._service, address, self._identity, self._options, self._changed)
-                        self._links[address] = (link, asyncio.create_task(link.run(self._log), name=f"link to {address}"))
-                self._changed()
-                await asyncio.sleep(_RESOLVE_SECONDS)
-        finally:
-            tasks = [task for _, task in self._links.values()]
-            self._links.clear()
-            self._changed()
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    @property
-    def ready_endpoints(self) -> tuple[str, ...]:
-        """Addresses that take calls now."""
-        return tuple(link.endpoint for link in self._ready)
-
-    def _changed(self) -> None:
-        self._ready = [link for link, _ in self._links.values() if link.ready]
-        if self._ready:
-            waiters, self._waiters = self._waiters, set()
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-
+    @abstractmethod
     def _pick(self) -> _Link | None:
-        ready = self._ready
-        count = len(ready)
-        if count == 1:
-            return ready[0]
-        if not count:
-            return None
-        self._turn += 1
-        link = ready[self._turn % count]
-        if link.suspect_until:
-            now = asyncio.get_running_loop().time()
-            for offset in range(1, count):
-                if link.suspect_until < now:
-                    break
-                link = ready[(self._turn + offset) % count]
-        return link
+        """A link that takes calls now; None: there is none."""
 
+    @abstractmethod
     async def _available(self, deadline: float) -> _Link:
-        """A link that takes calls; waits a moment for one, since replicas are restarted quickly."""
-        loop = asyncio.get_running_loop()
-        limit = min(deadline, loop.time() + _WAIT_READY_SECONDS)
-        while (link := self._pick()) is None:
-            waiter: asyncio.Future[None] = loop.create_future()
-            self._waiters.add(waiter)
-            try:
-                async with asyncio.timeout_at(limit):
-                    await waiter
-            except TimeoutError:
-                if loop.time() >= deadline:
-                    raise deadline_exceeded(self._service) from None
-                raise unavailable(self._service, f"no replica of {self._service} can be reached") from None
-            finally:
-                self._waiters.discard(waiter)
-        return link
+        """A link that takes calls, waiting for one if that may help. Raises Failure."""
 
     def _serialised(self, request: Any) -> bytes:
         data: bytes = request.SerializeToString()
@@ -464,6 +380,150 @@ class LinkChannel:
                 retried = True
 
         return call
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A process behind a channel that takes calls now."""
+
+    endpoint: str
+    """Address, the same after a restart."""
+    replica_id: str
+    """What it calls itself."""
+
+
+class LinkChannel(_Caller):
+    """A channel to a service of another process. Runs inside `async with`, or as long as `run` runs."""
+
+    def __init__(
+        self,
+        service: str,
+        endpoints: Iterable[str],
+        *,
+        identity: Metadata = (),
+        max_message_bytes: int = 16 * 1024 * 1024,
+        log: Log,
+    ) -> None:
+        self._service = service
+        self._endpoints = tuple(endpoints)
+        self._identity = identity
+        self._options = link_options(max_message_bytes)
+        self._max_message_bytes = max_message_bytes
+        self._log = log
+        self._links: dict[str, tuple[_Link, asyncio.Task[None]]] = {}
+        self._ready: list[_Link] = []
+        self._turn = 0
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> LinkChannel:
+        self._task = asyncio.create_task(self.run(), name=f"links to {self._service}")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def run(self) -> None:
+        """Keeps a link to every address of every endpoint, until cancelled."""
+        try:
+            while True:
+                addresses = await _resolve(self._endpoints)
+                for address in [known for known in self._links if addresses and known not in addresses]:
+                    _, task = self._links.pop(address)
+                    task.cancel()
+                for address in addresses:
+                    if address not in self._links or self._links[address][1].done():
+                        link = _Link(self._service, address, self._identity, self._options, self._changed)
+                        self._links[address] = (link, asyncio.create_task(link.run(self._log), name=f"link to {address}"))
+                self._changed()
+                await asyncio.sleep(_RESOLVE_SECONDS)
+        finally:
+            tasks = [task for _, task in self._links.values()]
+            self._links.clear()
+            self._changed()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def ready_endpoints(self) -> tuple[str, ...]:
+        """Addresses that take calls now."""
+        return tuple(link.endpoint for link in self._ready)
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        """Processes that take calls now."""
+        return tuple(Replica(link.endpoint, link.replica_id) for link in self._ready)
+
+    def only(self, endpoint: str) -> OneLink:
+        """A channel to the process at one address alone; its calls fail at once while that takes none."""
+        return OneLink(self._service, self._max_message_bytes, lambda: self._ready_at(endpoint))
+
+    def _ready_at(self, endpoint: str) -> _Link | None:
+        for link in self._ready:
+            if link.endpoint == endpoint:
+                return link
+        return None
+
+    def _changed(self) -> None:
+        self._ready = [link for link, _ in self._links.values() if link.ready]
+        if self._ready:
+            waiters, self._waiters = self._waiters, set()
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _pick(self) -> _Link | None:
+        ready = self._ready
+        count = len(ready)
+        if count == 1:
+            return ready[0]
+        if not count:
+            return None
+        self._turn += 1
+        link = ready[self._turn % count]
+        if link.suspect_until:
+            now = asyncio.get_running_loop().time()
+            for offset in range(1, count):
+                if link.suspect_until < now:
+                    break
+                link = ready[(self._turn + offset) % count]
+        return link
+
+    async def _available(self, deadline: float) -> _Link:
+        """A link that takes calls; waits a moment for one, since replicas are restarted quickly."""
+        loop = asyncio.get_running_loop()
+        limit = min(deadline, loop.time() + _WAIT_READY_SECONDS)
+        while (link := self._pick()) is None:
+            waiter: asyncio.Future[None] = loop.create_future()
+            self._waiters.add(waiter)
+            try:
+                async with asyncio.timeout_at(limit):
+                    await waiter
+            except TimeoutError:
+                if loop.time() >= deadline:
+                    raise deadline_exceeded(self._service) from None
+                raise unavailable(self._service, f"no replica of {self._service} can be reached") from None
+            finally:
+                self._waiters.discard(waiter)
+        return link
+
+
+class OneLink(_Caller):
+    """A channel to one process of a service."""
+
+    def __init__(self, service: str, max_message_bytes: int, find: Callable[[], _Link | None]) -> None:
+        self._service = service
+        self._max_message_bytes = max_message_bytes
+        self._find = find
+
+    def _pick(self) -> _Link | None:
+        return self._find()
+
+    async def _available(self, deadline: float) -> _Link:
+        raise unavailable(self._service, f"the replica of {self._service} that was asked for can't be reached")
 
 
 async def _resolve(endpoints: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Call, Caller
 from services.runtime.deadlines import bounded
 from services.runtime.dispatch import Method, Table
 from services.runtime.errors import Failure, Reason
-from services.runtime.frames import FIRST_CREDITS, LINK_SERVICE, MAX_OUTBOX_BYTES, Outbox
+from services.runtime.frames import FIRST_CREDITS, LINK_SERVICE, MAX_OUTBOX_BYTES, REPLICA_KEY, Outbox
 from services.runtime.inproc import BoundedStream
 from services.runtime.interceptors import Log
 from services.runtime.status import status_from_failure
@@ -30,9 +30,17 @@ class LinkServer:
     """Serves a method table (whose handlers take serialised requests) over links."""
 
     def __init__(
-        self, table: Table, authenticator: Authenticator, admission: Admission, *, barrier: Callable[[], None], log: Log
+        self,
+        table: Table,
+        authenticator: Authenticator,
+        admission: Admission,
+        *,
+        replica_id: str,
+        barrier: Callable[[], None],
+        log: Log,
     ) -> None:
-        """`barrier` is called before frames are sent."""
+        """`replica_id` is what the other side is told to be talking to; `barrier` is called before frames are sent."""
+        self._greeting = ((REPLICA_KEY, replica_id),)
         self._barrier = barrier
         self._table = table
         self._authenticator = authenticator
@@ -46,7 +54,7 @@ class LinkServer:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         caller = self._authenticator.caller(metadata)
         check(LINK_SERVICE, caller)
-        await context.send_initial_metadata(())
+        await context.send_initial_metadata(self._greeting)
         session = _Session(self._table, self._admission, caller, self._barrier, self._log)
         session.draining = self._draining
         self._sessions.add(session)

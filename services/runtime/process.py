@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import types
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -120,6 +120,17 @@ class Process:
         if service in self._served or not endpoints:
             # Typed as what generated stubs expect; of a channel they only use the two methods that ours have.
             return cast(grpc.aio.Channel, InprocChannel(lambda: self._table, Caller(CallerKind.SERVICE, self.name)))
+        return cast(grpc.aio.Channel, self._linked(service, endpoints))
+
+    def replicas(self, service: str) -> LinkChannel | None:
+        """A channel to the processes of `service`, this one included, for who needs a certain one of them; the same at every call.
+
+        None where no peer of that name is configured: this process is the only one.
+        """
+        endpoints = self.settings.peers.get(service, ())
+        return self._linked(service, endpoints) if endpoints else None
+
+    def _linked(self, service: str, endpoints: Sequence[str]) -> LinkChannel:
         channel = self._links.get(service)
         if channel is None:
             channel = self._links[service] = LinkChannel(
@@ -130,7 +141,7 @@ class Process:
                 log=self.log,
             )
             self._own(channel.run(), f"links to {service}")
-        return cast(grpc.aio.Channel, channel)
+        return channel
 
     @property
     def identity(self) -> tuple[tuple[str, str], ...]:

@@ -19,12 +19,13 @@ from typing import Any, Final
 
 import orjson
 
-from services.gateway.core import Completion, Opened
+from services.gateway.core import Completion
 from services.gateway.edge import payload
 from services.gateway.edge.errors import EdgeError
 from services.gateway.edge.openai import ChatCall, receipt_to_json
 from services.gateway.edge.passing import swaps_of
 from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
+from services.gateway.events import Opened
 from services.runtime.errors import Reason
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2, receipt_pb2

@@ -25,12 +25,13 @@ from urllib.parse import parse_qsl, unquote
 
 import orjson
 
-from services.gateway.core import Completion, Core, Opened, Principal
+from services.gateway.core import Completion, Core, Principal
 from services.gateway.edge import anthropic, openai, wishes
 from services.gateway.edge.config import EdgeConfig
 from services.gateway.edge.errors import Dialect, EdgeError, error_body, error_event, error_head
 from services.gateway.edge.http1 import Exchange, Listener
 from services.gateway.edge.payload import RequestInvalid
+from services.gateway.events import Opened
 from services.gateway.identities import digest_of
 from services.gateway.service import secret_of
 from services.runtime import telemetry

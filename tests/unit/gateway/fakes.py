@@ -20,6 +20,7 @@ from services.gateway.journal import Journal
 from services.gateway.leases import Leases, SliceSizes
 from services.gateway.operations import ReplayLimits, Requests
 from services.gateway.outcomes import Outcomes
+from services.gateway.owners import Owners, Passing
 from services.gateway.plans import Plans
 from services.gateway.principals import Principal
 from services.gateway.voids import Voids
@@ -406,6 +407,8 @@ class World:
     nano_usd: int = 1_000_000
     request_slice: int = 32
     uncounted_bytes: int = 8192
+    gateways: Any = None
+    replica_id: str = "gateway-test"
     replay: ReplayLimits = field(default_factory=lambda: ReplayLimits(100, 1_000_000, 3600.0))
 
     def __post_init__(self) -> None:
@@ -433,6 +436,7 @@ class World:
         self.calibrations = Calibrations(
             self.tokenization_stub, sample_count=3, sample_seconds=0.01, max_count=10, max_bytes=10_000, call_seconds=0.2
         )
+        self.passing = Passing(Owners(self.gateways, self.replica_id), clock)
         self.around = Surroundings(
             metering=self.port,
             identities=self.identities,
@@ -443,6 +447,7 @@ class World:
             hits=self.hits,
             voids=self.voids,
             requests=self.requests,
+            passing=self.passing,
             outcomes=self.outcomes,
             calibrations=self.calibrations,
             journal=Journal(self.registry, self._take_line),

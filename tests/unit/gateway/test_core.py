@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from services.gateway.core import Completion, Opened
+from services.gateway.core import Completion
+from services.gateway.events import Opened
 from services.gateway.principals import Principal
 from services.runtime.errors import Failure, Reason
 from sluice.caching.v1 import caching_service_pb2

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.gateway.core import Completion, Opened
+from services.gateway.core import Completion
+from services.gateway.events import Opened
 from services.runtime.errors import Failure, Reason
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import inference_service_pb2

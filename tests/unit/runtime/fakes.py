@@ -199,6 +199,7 @@ async def serve(
     port: int = 0,
     serving: bool = True,
     limit: int = 1000,
+    replica_id: str = "tokenization-1",
     barrier: Callable[[], None] = NO_BARRIER,
 ) -> AsyncIterator[Running]:
     """A gRPC server with the scripted service."""
@@ -208,7 +209,14 @@ async def serve(
     table = build_table(bindings(script), chain)
     names = ("tokenization", TOKENIZATION, JOBS)
     server = GrpcServer(
-        settings, table, names, authenticator=authenticator, admission=Admission(limit), barrier=barrier, log=log
+        settings,
+        table,
+        names,
+        authenticator=authenticator,
+        admission=Admission(limit),
+        replica_id=replica_id,
+        barrier=barrier,
+        log=log,
     )
     address = await server.start(port)
     await server.set_serving(serving)

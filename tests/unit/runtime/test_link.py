@@ -231,3 +231,45 @@ async def test_whatever_ends_a_session_the_link_is_dialled_again(monkeypatch: py
         await eventually(lambda: channel.ready_endpoints)
         await tokens(channel).CountTexts(CountTextsRequest(model="x", texts=["t"]), timeout=5)
     assert begun >= 2
+
+
+async def test_a_channel_knows_who_is_at_each_end_and_calls_one_of_them_alone() -> None:
+    async with (
+        serve(replica_id="tokenization-1.abc") as one,
+        serve(replica_id="tokenization-2.def") as two,
+        links(one.address, two.address) as channel,
+    ):
+        await eventually(lambda: len(channel.replicas) == 2)
+        assert {replica.endpoint: replica.replica_id for replica in channel.replicas} == {
+            one.address: "tokenization-1.abc",
+            two.address: "tokenization-2.def",
+        }
+        only: Any = TokenizationServiceStub(channel.only(two.address))  # type: ignore[call-overload]
+        for _ in range(5):
+            await only.CountTexts(CountTextsRequest(texts=["t"]), timeout=5)
+        assert (len(one.script.calls), len(two.script.calls)) == (0, 5)
+
+
+async def test_one_that_is_gone_fails_at_once_and_is_used_again_when_it_is_back() -> None:
+    port = free_port()
+    async with serve(replica_id="first") as other, links(other.address, f"127.0.0.1:{port}") as channel:
+        only: Any = TokenizationServiceStub(channel.only(f"127.0.0.1:{port}"))  # type: ignore[call-overload]
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(Failure) as raised:
+            await only.CountTexts(CountTextsRequest(), timeout=5)
+        assert raised.value.metadata == {"dependency": "tokenization"}
+        assert asyncio.get_running_loop().time() - began < 0.2
+        async with serve(port=port, replica_id="second"):
+            await eventually(lambda: len(channel.replicas) == 2)
+            await only.CountTexts(CountTextsRequest(), timeout=5)
+        await eventually(lambda: [replica.replica_id for replica in channel.replicas] == ["first"])
+        async with serve(port=port, replica_id="third"):
+            # The same place, and another process.
+            await eventually(lambda: {replica.replica_id for replica in channel.replicas} == {"first", "third"})
+
+
+async def test_one_that_drains_is_no_longer_among_those_that_take_calls() -> None:
+    async with serve() as one, serve() as two, links(one.address, two.address) as channel:
+        await eventually(lambda: len(channel.replicas) == 2)
+        await one.server.set_serving(False)
+        await eventually(lambda: [replica.endpoint for replica in channel.replicas] == [two.address])

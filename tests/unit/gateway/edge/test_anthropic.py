@@ -18,10 +18,11 @@ from pydantic import TypeAdapter
 from services.execution.adapters.anthropic import Gathered, answer_of, request_of
 from services.execution.adapters.sse import data_of, events
 from services.gateway import validation
-from services.gateway.core import Completion, Opened
+from services.gateway.core import Completion
 from services.gateway.edge import anthropic as edge
 from services.gateway.edge.openai import ChatCall
 from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
+from services.gateway.events import Opened
 from services.gateway.executions import deltas_of
 from services.gateway.receipts import Facts
 from services.runtime.errors import Failure, Reason

@@ -19,9 +19,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming, CompletionCreateParamsStreaming
 
 from services.gateway import validation
-from services.gateway.core import Completion, Opened
+from services.gateway.core import Completion
 from services.gateway.edge import openai
 from services.gateway.edge.payload import FieldUnsupported, RequestInvalid
+from services.gateway.events import Opened
 from services.gateway.receipts import Facts
 from services.runtime.errors import Failure, Reason
 from sluice.execution.v1 import execution_service_pb2

@@ -5,10 +5,10 @@ from __future__ import annotations
 import orjson
 import pytest
 
-from services.gateway.core import Opened
 from services.gateway.edge.anthropic import MessageStream
 from services.gateway.edge.openai import ChatStream
 from services.gateway.edge.passing import swaps_of
+from services.gateway.events import Opened
 
 OPENED = Opened("01OP", "", "house/model", 1, True)
 
