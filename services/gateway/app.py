@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from services.gateway.adapters.invalidations import KeyInvalidations
 from services.gateway.adapters.metering import MeteringClient
+from services.gateway.adapters.replays import NatsReplays
+from services.gateway.adapters.replays import Settings as ReplaySettings
 from services.gateway.cache import CacheClient, CacheWriter, HitBook
 from services.gateway.calibrations import Calibrations
-from services.gateway.config import Config
+from services.gateway.config import Config, SharedReplayConfig
 from services.gateway.core import Core, CoreLimits, Peers, Surroundings
 from services.gateway.edge.server import serve
 from services.gateway.identities import Identities
@@ -21,6 +23,7 @@ from services.gateway.operations import ReplayLimits, Requests
 from services.gateway.outcomes import Outcomes
 from services.gateway.owners import Owners, Passing
 from services.gateway.plans import Plans
+from services.gateway.replays import NoReplays
 from services.gateway.service import InferenceService
 from services.gateway.voids import Voids
 from services.runtime.dispatch import Binding
@@ -54,6 +57,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
     )
     gateways = process.replicas(NAME)
     passing = Passing(Owners(gateways, process.replica_id), clock)
+    replays = _replays(config.shared_replays, process, clock) if config.shared_replays.enabled else None
     metering = MeteringClient(metering_stub, process.replica_id)
     sizes = SliceSizes(config.lease.request_count, config.lease.token_count, config.lease.concurrency, config.lease.nano_usd)
     leases = Leases(metering, clock, sizes, call_seconds=budgets.lease, max_count=config.lease.max_count)
@@ -77,6 +81,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         hits=HitBook(metering_stub, max_count=config.hit_count, batch_seconds=0.02, call_seconds=budgets.background),
         voids=Voids(metering, max_count=10_000, call_seconds=budgets.background),
         requests=Requests(ReplayLimits(config.replay_count, config.replay_bytes, config.replay_seconds), clock),
+        replays=replays if replays is not None else NoReplays(),
         passing=passing,
         outcomes=Outcomes(config.outcome_count),
         calibrations=Calibrations(
@@ -133,10 +138,35 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
                 around.voids.void_forever,
                 around.calibrations.post_forever,
                 invalidations.listen_forever,
+                *((replays.run,) if replays is not None else ()),
             ),
             drain=drain,
             addresses={"http": edge.url},
         )
+
+
+def _replays(config: SharedReplayConfig, process: Process, clock: Callable[[], float]) -> NatsReplays:
+    replays = NatsReplays(
+        ReplaySettings(
+            max_bytes=config.max_bytes,
+            max_entry_bytes=config.max_entry_bytes,
+            max_age=config.seconds,
+            replicas=config.replicas,
+            read_timeout=config.read_timeout,
+            write_timeout=config.write_timeout,
+            max_waiting=config.max_waiting,
+        ),
+        process.nats,
+        clock=clock,
+        warn=lambda text: process.log.warning("answers_not_kept", reason=text),
+    )
+    process.metrics.gauge(
+        "gateway_unkept_answers", "Answers to requests with an id that no other gateway can replay."
+    ).set_function(lambda: replays.unkept_count)
+    process.metrics.gauge(
+        "gateway_found_answers", "Answers to repeated requests found among those of all gateways."
+    ).set_function(lambda: replays.found_count)
+    return replays
 
 
 def _expose(registry: Registry, around: Surroundings) -> None:

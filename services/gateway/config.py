@@ -65,6 +65,30 @@ class CalibrationConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SharedReplayConfig:
+    """Answers to requests with a request id, kept in NATS for all gateways: a repetition gets them also after a crash."""
+
+    enabled: bool = setting(True, "Whether they are kept. Without it each gateway has those that it gave itself, in its memory")
+    seconds: float = setting(86_400.0, "How long they are kept", unit="s", minimum=60, maximum=2_592_000)
+    max_bytes: int = setting(
+        1024 * _MEBIBYTE, "Disk of all of them; when it is used up new ones are not kept", unit="bytes", minimum=_MEBIBYTE
+    )
+    max_entry_bytes: int = setting(
+        4 * _MEBIBYTE,
+        "Largest answer that is kept; NATS's own max_payload must be larger",
+        unit="bytes",
+        minimum=1024,
+        maximum=60 * _MEBIBYTE,
+    )
+    replicas: int = setting(1, "Servers of the NATS cluster that keep each", minimum=1, maximum=5)
+    read_timeout: float = setting(0.1, "Longest wait to look one up", unit="s", minimum=0.005, maximum=5)
+    write_timeout: float = setting(
+        0.25, "Longest wait to keep one, before the caller gets its end", unit="s", minimum=0.01, maximum=5
+    )
+    max_waiting: int = setting(256, "Answers that wait to be kept at once; more are not kept", minimum=1, maximum=100_000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Settings of the gateway."""
 
@@ -107,6 +131,7 @@ class Config:
     )
     replay_bytes: int = setting(64 * _MEBIBYTE, "Memory of their answers", unit="bytes", minimum=0)
     replay_seconds: float = setting(86_400.0, "How long they are kept, memory permitting", unit="s", minimum=1)
+    shared_replays: SharedReplayConfig = setting(SharedReplayConfig(), "Answers that all gateways can replay")
     store_count: int = setting(1024, "Answers that may wait to be stored in the cache; more are dropped", minimum=1)
     store_bytes: int = setting(32 * _MEBIBYTE, "Bytes of the answers that may wait to be stored", unit="bytes", minimum=1)
     hit_count: int = setting(100_000, "Cache hits that may wait to be booked; more are dropped", minimum=1)

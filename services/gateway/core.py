@@ -38,7 +38,8 @@ from services.gateway.ports import Metering
 from services.gateway.principals import Principal
 from services.gateway.receipts import Completion, Facts, receipt_to_proto
 from services.gateway.refusals import budget_exhausted, context_window_exceeded, cost_limit, no_candidate
-from services.gateway.sharing import Answered, Sharing
+from services.gateway.replays import Answered, Replays
+from services.gateway.sharing import Sharing
 from services.gateway.validation import Shape
 from services.gateway.voids import Voids
 from services.runtime.call import Metadata
@@ -94,6 +95,7 @@ class Surroundings:
     hits: HitBook
     voids: Voids
     requests: Requests[Answered]
+    replays: Replays
     passing: Passing
     outcomes: Outcomes
     calibrations: Calibrations
@@ -122,7 +124,7 @@ class Core:
         self._plans = around.plans
         self._cache = around.cache
         self._journal = around.journal
-        self._sharing = Sharing(around.requests)
+        self._sharing = Sharing(around.requests, around.replays)
         self._passing = around.passing
         self._limits = limits
         self._clock = clock

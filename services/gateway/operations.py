@@ -244,11 +244,7 @@ class Requests(Generic[Result]):
                 return None
             shared = entry[1]
         if shared.fingerprint != fingerprint:
-            raise Failure(
-                Reason.REQUEST_ID_REUSED,
-                f"request id {request_id!r} was used with another request; send a new id with a new request",
-                metadata={"request_id": request_id},
-            )
+            raise reused(request_id)
         return shared
 
     def begin(self, tenant_id: str, request_id: str, fingerprint: bytes) -> Shared[Result]:
@@ -291,6 +287,15 @@ class Requests(Generic[Result]):
     def _drop_oldest(self) -> None:
         _, (_, shared) = self._done.popitem(last=False)
         self._bytes -= shared.size
+
+
+def reused(request_id: str) -> Failure:
+    """The refusal of a request id that came with another request before."""
+    return Failure(
+        Reason.REQUEST_ID_REUSED,
+        f"request id {request_id!r} was used with another request; send a new id with a new request",
+        metadata={"request_id": request_id},
+    )
 
 
 def fingerprint(body: bytes) -> bytes:

@@ -17,11 +17,11 @@ from typing import Any, Final, Protocol
 from services.gateway.events import Opened, StreamEvent
 from services.gateway.operations import moment_of
 from services.gateway.principals import Principal
-from services.gateway.receipts import Completion
+from services.gateway.receipts import Completion, RemoteCompletion
 from services.runtime.errors import Failure, Reason, deadline_exceeded
 from services.runtime.link import Replica
 from sluice.execution.v1 import execution_service_pb2
-from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
+from sluice.inference.v1 import answer_pb2, inference_service_pb2
 from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 
 PASSED_ON: Final = "x-sluice-passed-on"
@@ -80,28 +80,6 @@ class Owners:
         return Owner(best.endpoint, stub)
 
 
-class PassedOn(Completion):
-    """An answer that another gateway has finished."""
-
-    __slots__ = ("_receipt",)
-
-    def __init__(
-        self, operation_id: str, request_id: str, answer: answer_pb2.Answer, cost: int, receipt: receipt_pb2.Receipt
-    ) -> None:
-        self.operation_id = operation_id
-        self.request_id = request_id
-        self.answer = answer
-        self.model = answer.model
-        self.cost_nano_usd = cost
-        self.created = receipt.receive_time.seconds
-        self.cache_status = receipt.cache.status
-        self._receipt = receipt
-
-    def receipt(self) -> receipt_pb2.Receipt:
-        """As the owner made it."""
-        return self._receipt
-
-
 class Passing:
     """Passes requests on to their owners; `clock` is the loop's."""
 
@@ -135,7 +113,7 @@ class Passing:
             except Failure as failure:
                 self._pass_over(owner, failure, passed_over)
                 continue
-            return PassedOn(
+            return RemoteCompletion(
                 response.operation_id, request.request_id, response.answer, response.cost_nano_usd, response.receipt
             )
         return None
@@ -199,7 +177,9 @@ class Passing:
                         elif kind == "closed":
                             closed = reply.closed
                             answer = answer_pb2.Answer(model=model, finish_reason=closed.finish_reason, usage=closed.usage)
-                            yield PassedOn(operation_id, request.request_id, answer, closed.cost_nano_usd, closed.receipt)
+                            yield RemoteCompletion(
+                                operation_id, request.request_id, answer, closed.cost_nano_usd, closed.receipt
+                            )
             except Failure as failure:
                 if began:
                     raise

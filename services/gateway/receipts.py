@@ -107,6 +107,28 @@ class Completion:
         return receipt_to_proto(self._facts)
 
 
+class RemoteCompletion(Completion):
+    """An answer that another gateway has finished, or that was kept."""
+
+    __slots__ = ("_receipt",)
+
+    def __init__(
+        self, operation_id: str, request_id: str, answer: answer_pb2.Answer, cost: int, receipt: receipt_pb2.Receipt
+    ) -> None:
+        self.operation_id = operation_id
+        self.request_id = request_id
+        self.answer = answer
+        self.model = answer.model
+        self.cost_nano_usd = cost
+        self.created = receipt.receive_time.seconds
+        self.cache_status = receipt.cache.status
+        self._receipt = receipt
+
+    def receipt(self) -> receipt_pb2.Receipt:
+        """As it was made then."""
+        return self._receipt
+
+
 def receipt_to_proto(facts: Facts) -> receipt_pb2.Receipt:
     """The receipt of an operation."""
     principal = facts.principal

@@ -19,10 +19,9 @@ from google.protobuf.message import Message
 
 from services.gateway.operations import Requests, Shared, fingerprint
 from services.gateway.receipts import Completion
+from services.gateway.replays import Answered, Replays, key_of, record_of, result_of
 from services.runtime.errors import Failure, Reason, deadline_exceeded
-from sluice.inference.v1 import inference_service_pb2
 
-Answered = Completion | inference_service_pb2.EmbedResponse
 Weigh = Callable[[Any], int]
 _ENDLESS: Final = "the answer ended without its end"
 _AWAITED: Final = "the operation of this request id"
@@ -31,8 +30,9 @@ _AWAITED: Final = "the operation of this request id"
 class Sharing:
     """The operations that callers share, by tenant and request id."""
 
-    def __init__(self, requests: Requests[Answered]) -> None:
+    def __init__(self, requests: Requests[Answered], replays: Replays) -> None:
         self._requests = requests
+        self._replays = replays
 
     async def run(
         self,
@@ -116,8 +116,16 @@ class Sharing:
 
         async def run() -> None:
             size = 0
+            key = key_of(tenant_id, request_id)
             try:
-                result = await work(shared)
+                kept = await self._replays.find(key)
+                found = None if kept is None else result_of(kept, request_id, mark)
+                if found is not None:
+                    result = found
+                else:
+                    result = await work(shared)
+                    # Before anybody gets its end.
+                    await self._replays.keep(key, record_of(mark, result))
                 size = result.answer.ByteSize() if isinstance(result, Completion) else result.ByteSize()
                 shared.finish(result)
             except asyncio.CancelledError:

@@ -125,7 +125,7 @@ async def fetch(subscription: JetStreamContext.PullSubscription, count: int, *, 
 
 
 class KeyValue:
-    """A key-value bucket in memory storage whose entries end by themselves; for caches, so nothing in it is durable."""
+    """A key-value bucket whose entries end by themselves."""
 
     def __init__(self, client: Client, bucket: str, *, timeout: float = TIMEOUT_SECONDS) -> None:
         self._client = client
@@ -134,16 +134,20 @@ class KeyValue:
         self._context = client.jetstream()
         self._timeout = timeout
 
-    async def ensure(self, *, max_bytes: int, max_age: float, max_value_bytes: int) -> None:
-        """Makes the bucket. The oldest entries leave first when `max_bytes` is reached; `max_age` is in seconds."""
+    async def ensure(
+        self, *, max_bytes: int, max_age: float, max_value_bytes: int, is_durable: bool = False, replicas: int = 1
+    ) -> None:
+        """Makes the bucket; `max_age` is in seconds. At `max_bytes` one in memory drops its oldest entries, as a cache does; a durable one,
+        on disk, refuses new ones: what it has confirmed it keeps for its time.
+        """
         await ensure_stream(
             self._client,
             {
                 "name": self._stream,
                 "subjects": [f"{self._prefix}>"],
-                "storage": "memory",
+                "storage": "file" if is_durable else "memory",
                 "retention": "limits",
-                "discard": "old",
+                "discard": "new" if is_durable else "old",
                 "max_msgs_per_subject": 1,
                 "max_bytes": max_bytes,
                 "max_msg_size": max_value_bytes,
@@ -151,7 +155,7 @@ class KeyValue:
                 "allow_rollup_hdrs": True,
                 "allow_direct": True,
                 "allow_msg_ttl": True,
-                "num_replicas": 1,
+                "num_replicas": replicas,
                 "duplicate_window": int(min(max_age, 1.0) * 1e9),
             },
             timeout=self._timeout,
@@ -165,12 +169,12 @@ class KeyValue:
                     f"$JS.API.DIRECT.GET.{self._stream}.{self._subject(key)}", b"", timeout=self._timeout
                 )
         except (TimeoutError, nats.errors.Error):
-            raise unavailable("nats", "the shared cache can't be read") from None
+            raise unavailable("nats", "the bucket can't be read") from None
         headers = reply.headers or {}
         if headers.get("Status") == "404" or "KV-Operation" in headers:
             return None
         if "Status" in headers:
-            raise unavailable("nats", f"the shared cache answered {headers['Status']}")
+            raise unavailable("nats", f"the bucket answered {headers['Status']}")
         return bytes(reply.data)
 
     async def put(self, key: str, value: bytes, *, ttl: float | None = None) -> None:

@@ -23,6 +23,7 @@ from services.gateway.outcomes import Outcomes
 from services.gateway.owners import Owners, Passing
 from services.gateway.plans import Plans
 from services.gateway.principals import Principal
+from services.gateway.replays import NoReplays
 from services.gateway.voids import Voids
 from services.runtime.call import Call, Caller, CallerKind
 from services.runtime.dispatch import Binding, Table, build_table
@@ -408,6 +409,7 @@ class World:
     request_slice: int = 32
     uncounted_bytes: int = 8192
     gateways: Any = None
+    replays: Any = field(default_factory=NoReplays)
     replica_id: str = "gateway-test"
     replay: ReplayLimits = field(default_factory=lambda: ReplayLimits(100, 1_000_000, 3600.0))
 
@@ -447,6 +449,7 @@ class World:
             hits=self.hits,
             voids=self.voids,
             requests=self.requests,
+            replays=self.replays,
             passing=self.passing,
             outcomes=self.outcomes,
             calibrations=self.calibrations,
