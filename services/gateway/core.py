@@ -760,6 +760,10 @@ class Core:
 
     def _release(self, facts: Facts, cost: int | None) -> None:
         """The hold ends: `cost` of it was spent, None: nobody here knows."""
+        if cost is None:
+            facts.is_cost_unknown = True
+        else:
+            facts.cost = cost
         amount = facts.hold
         if not amount:
             return
@@ -849,6 +853,7 @@ class Core:
         facts.end_ns = time.monotonic_ns()
         if isinstance(error, Failure):
             outcome = error.reason.value
+            facts.attempt_count = sum(name.startswith("attempt/") for name in error.metadata)
         elif isinstance(error, (asyncio.CancelledError, GeneratorExit)):
             outcome = Reason.CANCELLED.value
         else:

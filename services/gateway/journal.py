@@ -78,7 +78,8 @@ def line_of(facts: Facts, model: str, outcome: str) -> dict[str, Any]:
         "duration_us": (facts.end_ns - facts.start) // 1000,
         "first_byte_us": (facts.first_byte_ns - facts.start) // 1000 if facts.first_byte_ns else None,
         "hold_nano_usd": facts.hold,
-        "cost_nano_usd": facts.cost,
+        # The ledger knows it where nobody here does.
+        "cost_nano_usd": None if facts.is_cost_unknown else facts.cost,
         "saved_nano_usd": facts.saved,
         "attempts": facts.attempt_count,
     }

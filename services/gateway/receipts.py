@@ -20,7 +20,7 @@ class Facts:
 
     __slots__ = (
         "answer", "attempt_count", "attempts", "budget_before", "budget_level", "cache_reason", "cache_status", "candidates", "cost", "degradations",
-        "end_ns", "first_byte_ns", "generation", "hold", "hold_id", "input_count", "is_hit", "is_uncounted", "kind", "lease", "lookup", "lookup_ns",
+        "end_ns", "first_byte_ns", "generation", "hold", "hold_id", "input_count", "is_cost_unknown", "is_hit", "is_uncounted", "kind", "lease", "lookup", "lookup_ns",
         "max_output", "operation_id", "plan", "price_version", "principal", "receive_ns", "request", "saved", "shape", "start",
         "taken_tokens", "window_rejections",
     )  # fmt: skip
@@ -73,6 +73,8 @@ class Facts:
         """Left out where nobody will ask for a receipt."""
         self.attempt_count = 0
         self.cost = 0
+        self.is_cost_unknown = False
+        """Something may have been charged that only the ledger knows of: the caller left, or execution was lost."""
         self.saved = 0
         self.price_version = ""
         self.degradations: list[str] | None = None

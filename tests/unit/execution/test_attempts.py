@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,7 @@ from sluice.errors.v1 import error_reason_pb2
 from sluice.execution.v1 import execution_service_pb2 as pb2
 from sluice.inference.v1 import answer_pb2, receipt_pb2
 from sluice.metering.v1 import metering_service_pb2
+from sluice.routing.v1 import routing_service_pb2
 from tests.unit.execution.adapters.recorded import OPENAI_WHOLE, RECORDED, TEXT, events, openai_chunk
 from tests.unit.execution.examples import billing, candidate, conversation, heard, price, texts
 from tests.unit.execution.upstream import PATIENCE, Exchange, Reply, chunk, chunked, document, hangs
@@ -479,6 +481,74 @@ async def test_usage_that_is_not_reported_is_estimated_on_the_high_side(tmp_path
     assert operation.cost == 11 * 1000 + answer.usage.output_token_count * 2000
 
 
+async def test_a_stream_that_keeps_to_its_limit_is_charged_what_its_provider_reports(tmp_path: Path) -> None:
+    """Each frame comes alone, and the last ones are shorter than those with text; that says nothing of how many tokens there were."""
+    words = [" internationalization" if number % 3 == 0 else " a" for number in range(50)]
+    frames = [
+        events(openai_chunk({"role": "assistant", "content": ""})),
+        *(events(openai_chunk({"content": word})) for word in words),
+    ]
+    frames += [events(openai_chunk({}, "stop"))]
+    frames += [events({"id": "x", "choices": [], "usage": {"prompt_tokens": 12, "completion_tokens": 50}}), b"data: [DONE]\n\n"]
+    async with world(tmp_path, a=chunked(frames)) as made:
+        operation = made.stream(
+            "a",
+            conversation=conversation(max_output_tokens=50),
+            billing=billing(hold_nano_usd=1),
+            input_count={"token_count": 5},
+            accepted_wire=pb2.WIRE_FORMAT_OPENAI_CHAT,
+        )
+        pieces = await operation.open_stream()
+        await anext(pieces)
+        got = await heard(pieces)
+    usage = got.answer.usage
+    assert (usage.input_token_count, usage.output_token_count, usage.source) == (12, 50, answer_pb2.USAGE_SOURCE_REPORTED)
+
+
+async def test_a_stream_is_not_cut_once_its_model_has_stopped(tmp_path: Path) -> None:
+    """A provider that gave more than it should and then ended: cut now, it would end twice, and its own count be lost."""
+    frames = [events(openai_chunk({"content": "x"})) for _ in range(25)]
+    frames += [events(openai_chunk({"content": "x"}, "stop"))]
+    frames += [events({"id": "x", "choices": [], "usage": {"prompt_tokens": 12, "completion_tokens": 26}}), b"data: [DONE]\n\n"]
+    async with world(tmp_path, a=chunked(frames)) as made:
+        operation = made.stream(
+            "a",
+            conversation=conversation(max_output_tokens=9),
+            billing=billing(hold_nano_usd=1),
+            input_count={"token_count": 5},
+            accepted_wire=pb2.WIRE_FORMAT_OPENAI_CHAT,
+        )
+        pieces = await operation.open_stream()
+        await anext(pieces)
+        got = await heard(pieces)
+    assert got.answer.finish_reason == answer_pb2.FINISH_REASON_STOP
+    assert got.answer.usage.output_token_count == 26
+
+
+@pytest.mark.parametrize(
+    ("own", "window", "wished", "told"),
+    [
+        (64, 0, 0, 64),
+        (64, 0, 300, 64),
+        (64, 0, 20, 20),
+        (0, 0, 300, 300),
+        (0, 2048, 0, 0),
+        # With the prompt of 11 tokens beyond the window: left to the provider, unless the caller said something.
+        (2040, 2048, 0, 0),
+        (2040, 2048, 2048, 2040),
+        (2037, 2048, 0, 2037),
+    ],
+)
+async def test_a_provider_is_told_to_answer_with_no_more_than_is_held_for(
+    tmp_path: Path, own: int, window: int, wished: int, told: int
+) -> None:
+    async with world(tmp_path, a=good) as made:
+        operation = made.operation("a")
+        operation.input_count = 11
+        candidate = routing_service_pb2.Candidate(max_output_tokens=own, context_window=window)
+        assert operation._longest(candidate, wished) == told
+
+
 async def test_a_stream_that_passes_its_hold_is_cut(tmp_path: Path) -> None:
     many = [events(openai_chunk({"content": "x"})) for _ in range(200)]
     talk = conversation(max_output_tokens=10)
@@ -588,15 +658,56 @@ async def test_the_start_of_an_attempt_says_what_a_crash_may_cost(tmp_path: Path
         operation._dropped(begun[1], None, asyncio.CancelledError())
 
 
-def test_long_pieces_count_for_more_than_one_token() -> None:
+def _chunk(text: str, *, finish: str = "null", escaped: bool = False) -> bytes:
+    delta = json.dumps({"content": text} if text else {}, ensure_ascii=escaped)
+    return f'data: {{"id":"x","choices":[{{"index":0,"delta":{delta},"finish_reason":{finish}}}]}}\n\n'.encode()
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_a_piece_for_each_token_counts_as_one_whatever_stands_around_them(at_once: int) -> None:
+    # As providers send them: a first one with the role alone, a last one without text, one with the usage; each alone or many together.
+    words = [" the", " quick", " conversation", "\n", "    ", ".", " \u00e9t\u00e9", '"', " internationalization"] * 40
+    frames = [
+        b'data: {"id":"x","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}]}\n\n',
+        *(_chunk(word, escaped=number % 2 == 0) for number, word in enumerate(words)),
+        _chunk("", finish='"stop"'),
+        b'data: {"id":"x","choices":[],"usage":{"prompt_tokens":12,"completion_tokens":50,"total_tokens":62}}\n\n',
+    ]
     produced = _Produced()
-    produced.add(b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n' * 3)
+    for start in range(0, len(frames), at_once):
+        produced.add(b"".join(frames[start : start + at_once]))
+    assert produced.tokens == len(words)
+
+
+def test_anthropics_pieces_are_counted_too() -> None:
+    produced = _Produced()
+    produced.add(
+        b'event: message_start\ndata: {"type":"message_start","message":{"content":[],"usage":{"input_tokens":3}}}\n\n'
+    )
+    for delta in (
+        '"type":"text_delta","text":" hi"',
+        '"type":"thinking_delta","thinking":"hm"',
+        '"type":"input_json_delta","partial_json":"{"',
+    ):
+        produced.add(
+            f'event: content_block_delta\ndata: {{"type":"content_block_delta","index":0,"delta":{{{delta}}}}}\n\n'.encode()
+        )
     assert produced.tokens == 3
-    produced.add(b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % (b"word " * 1000))
-    assert produced.tokens > 1000
+
+
+def test_pieces_with_many_tokens_count_for_many() -> None:
+    produced = _Produced()
+    produced.add(_chunk("a") * 3)
+    assert produced.tokens == 3
+    produced.add(_chunk("word " * 1000))
+    assert produced.tokens == 1000
+    assert produced.most_tokens == 1667
     other = _Produced()
-    other.add(pb2.DeltaBatch(deltas=[answer_pb2.Delta(text="a"), answer_pb2.Delta(text="word " * 400)]))
-    assert other.tokens == 501
+    other.add(pb2.DeltaBatch(deltas=[answer_pb2.Delta(text="a"), answer_pb2.Delta(text="word " * 400), answer_pb2.Delta()]))
+    assert other.tokens == 400
+    short = _Produced()
+    short.add(pb2.DeltaBatch(deltas=[answer_pb2.Delta(text=" something")] * 50))
+    assert short.tokens == 50
 
 
 # Prompts that were sent uncounted.

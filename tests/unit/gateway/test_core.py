@@ -751,3 +751,24 @@ async def test_a_retry_right_after_its_caller_left_begins_anew() -> None:
     await asyncio.gather(leaving, return_exceptions=True)
     assert (await retried).answer.message.parts
     assert len(world.execution.asked("Complete")) == 2
+
+
+async def test_the_line_of_a_failed_request_says_what_was_charged_for_it() -> None:
+    world = World()
+    world.execution.failures["Complete"] = Failure(
+        Reason.DEADLINE_EXCEEDED, "too late", metadata={"cost_nano_usd": "34", "attempt/1": "a/one PROVIDER_TIMEOUT"}
+    )
+    await refused(world.generate())
+    assert (world.lines[-1]["cost_nano_usd"], world.lines[-1]["attempts"]) == (34, 1)
+
+
+async def test_the_line_of_a_request_whose_caller_left_does_not_say_that_it_cost_nothing() -> None:
+    world = World()
+    world.execution.gate = asyncio.Event()
+    call = asyncio.create_task(world.generate())
+    while not world.execution.asked("Complete"):
+        await asyncio.sleep(0.001)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    assert world.lines[-1]["outcome"] == "CANCELLED"
+    assert world.lines[-1]["cost_nano_usd"] is None
