@@ -22,7 +22,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Metadata
-from services.runtime.errors import Failure, Reason, deadline_exceeded, unavailable
+from services.runtime.errors import Failure, NotSent, Reason, deadline_exceeded, unavailable
 from services.runtime.frames import MAX_OUTBOX_BYTES, Outbox, link_options
 from services.runtime.inproc import MetadataLike
 from services.runtime.interceptors import Log
@@ -348,8 +348,10 @@ class LinkChannel:
                 link = ready[(self._turn + offset) % count]
         return link
 
-    async def _available(self, deadline: float) -> _Link:
-        """A link that takes calls; waits a moment for one, since replicas are restarted quickly."""
+    async def _available(self, deadline: float, *, sent: bool) -> _Link:
+        """A link that takes calls; waits a moment for one, since replicas are restarted quickly. Raises NotSent, unless the call was
+        `sent` before.
+        """
         loop = asyncio.get_running_loop()
         limit = min(deadline, loop.time() + _WAIT_READY_SECONDS)
         while (link := self._pick()) is None:
@@ -360,11 +362,16 @@ class LinkChannel:
                     await waiter
             except TimeoutError:
                 if loop.time() >= deadline:
-                    raise deadline_exceeded(self._service) from None
-                raise unavailable(self._service, f"no replica of {self._service} can be reached") from None
+                    raise self._late(sent=sent) from None
+                failure = unavailable(self._service, f"no replica of {self._service} can be reached")
+                raise (failure if sent else NotSent.of(failure)) from None
             finally:
                 self._waiters.discard(waiter)
         return link
+
+    def _late(self, *, sent: bool) -> Failure:
+        failure = deadline_exceeded(self._service)
+        return failure if sent else NotSent.of(failure)
 
     def _serialised(self, request: Any) -> bytes:
         data: bytes = request.SerializeToString()
@@ -388,12 +395,12 @@ class LinkChannel:
             now = loop.time()
             deadline = now + (DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout)
             data = self._serialised(request)
-            retried = False
+            retried = sent = False
             while True:
-                link = self._pick() or await self._available(deadline)
+                link = self._pick() or await self._available(deadline, sent=sent)
                 now = loop.time()
                 if deadline <= now:
-                    raise deadline_exceeded(self._service)
+                    raise self._late(sent=sent)
                 future: asyncio.Future[bytes] = loop.create_future()
                 call_id = link.start(_Unary(future), method, data, deadline - now, metadata)
                 timer = loop.call_at(deadline, link.expire, call_id, now)
@@ -404,6 +411,7 @@ class LinkChannel:
                         raise unavailable(
                             self._service, f"the connection to {self._service} was lost during the call"
                         ) from None
+                    sent = True
                 except Failure as failure:
                     # A replica that drains hasn't begun the call.
                     if failure.reason is not Reason.DRAINING or retried:
@@ -431,10 +439,10 @@ class LinkChannel:
             data = self._serialised(request)
             retried = False
             while True:
-                link = self._pick() or await self._available(deadline)
+                link = self._pick() or await self._available(deadline, sent=False)
                 now = loop.time()
                 if deadline <= now:
-                    raise deadline_exceeded(self._service)
+                    raise self._late(sent=False)
                 pending = _Stream()
                 call_id = link.start(pending, method, data, deadline - now, metadata)
                 timer = loop.call_at(deadline, link.expire, call_id, now)
