@@ -162,6 +162,7 @@ class _Attempt:
         record.outcome = outcome
         record.is_final = is_final
         operation = self.operation
+        operation.unended = None if is_final else record
         operation.cost += cost
         if usage is not None and self.price is not None:
             operation.price_version = record.price_version
@@ -201,6 +202,8 @@ class Operation:
         """In order."""
         self.cost = 0
         self.price_version = ""
+        self.unended: metering_service_pb2.Settlement | None = None
+        """The last attempt's settlement, when another attempt was to follow it."""
         self.input_count = 0
         self._is_counted = True
         self._count = count
@@ -327,6 +330,26 @@ class Operation:
             failure = Failure(Reason.INTERNAL, "a fault of ours")
         attempt.end(outcome, usage=usage, is_final=True, failure=failure)
 
+    def close(self) -> None:
+        """The operation is over. Where it was to go on and couldn't, since no other candidate could be called, this ends its hold, which
+        would else be kept from others until its time is over.
+        """
+        last = self.unended
+        if last is None or not last.hold_id:
+            return
+        self.unended = None
+        ended = metering_service_pb2.Settlement()
+        ended.CopyFrom(last)
+        ended.attempt_number = self._number + 1
+        ended.attempt_id = f"{self.id}/{ended.attempt_number}"
+        ended.outcome = receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT
+        ended.is_final = True
+        ended.cost_nano_usd = 0
+        for field in ("usage", "price_version", "duration"):
+            ended.ClearField(field)  # type: ignore[arg-type]  # three of the stub's literals
+        ended.start_time.FromNanoseconds(time.time_ns())
+        self.spool.settle(ended)
+
     def _exhausted(self) -> Failure:
         now = self._now()
         if self._deadline - _MARGIN - now < _LEAST:
@@ -388,7 +411,8 @@ class Operation:
                     elif self._is_counted:
                         self._dropped(attempt, self._partial(produced) if self.input_count else None, error)
                     else:
-                        # Nobody waits for it any more.
+                        # Nobody waits for it any more, and it ends the hold.
+                        self.unended = None
                         self._later(self._dropped_counted(attempt, produced, error))
                     raise
                 attempt.target.breaker.succeeded()
