@@ -559,6 +559,8 @@ class Operation:
     async def embed(self) -> tuple[Embedded, str]:
         """Vectors of the first candidate that answers, and its catalogue id. Raises as `complete`."""
         request: pb2.EmbedRequest = self._request
+        # What a provider that doesn't say is taken to have read.
+        self.input_count = sum(len(text.encode()) // 3 + 1 for text in request.inputs)
         last = len(self.candidates) - 1
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
@@ -594,12 +596,12 @@ class Operation:
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
                     raise
                 except BaseException as error:
-                    self._dropped(attempt, None, error)
+                    self._dropped(attempt, self._partial(0) if attempt.gate.passed else None, error)
                     raise
                 attempt.target.breaker.succeeded()
                 usage = embedded.usage
                 if usage.source == answer_pb2.USAGE_SOURCE_UNSPECIFIED:
-                    usage.input_token_count = sum(len(text.encode()) // 3 + 1 for text in request.inputs)
+                    usage.input_token_count = self.input_count
                     usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
                 attempt.end_well(usage)
                 return embedded, candidate.model
