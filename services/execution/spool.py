@@ -289,7 +289,7 @@ class Spool:
         for _, segment in group:
             self._unposted.popleft()
             segment.waiting -= 1
-        for segment in {segment for _, segment in group}:
+        for segment in dict.fromkeys(segment for _, segment in group):
             self._drop_if_done(segment)
 
     @staticmethod
