@@ -144,6 +144,10 @@ class Spool:
                     if started is not None:
                         started[1].waiting -= 1
                     self._queue(record, segment)
+            # Whoever wrote it may have been killed before its fsync, and the ledger may be away for long.
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         for record, segment in began.values():
             lost_count += 1
             segment.waiting -= 1

@@ -287,6 +287,23 @@ async def test_a_ledger_that_hangs_keeps_nothing_from_the_disk(tmp_path: Path, m
     spool.close()
 
 
+async def test_what_a_restart_finds_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = spool_at(tmp_path / "one", Ledger())
+    killed.open(parse, lost)
+    killed.settle(settlement("op/1", 1, 7))
+    [left] = files(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    found = tmp_path / "two" / left.name
+    found.write_bytes(left.read_bytes())
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    again = spool_at(tmp_path / "two", Ledger())
+    again.open(parse, lost)
+    assert found.stat().st_ino in synced
+    again.close()
+    killed.close()
+
+
 async def test_a_file_with_an_open_attempt_is_kept(tmp_path: Path) -> None:
     ledger = Ledger()
     spool = spool_at(tmp_path, ledger, segment_bytes=4096)
