@@ -346,7 +346,7 @@ class Operation:
         ended.is_final = True
         ended.cost_nano_usd = 0
         for field in ("usage", "price_version", "duration"):
-            ended.ClearField(field)  # type: ignore[arg-type]  # three of the stub's literals
+            ended.ClearField(field)
         ended.start_time.FromNanoseconds(time.time_ns())
         self.spool.settle(ended)
 
