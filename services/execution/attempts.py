@@ -172,6 +172,7 @@ class _Attempt:
         record.outcome = outcome
         record.is_final = is_final
         operation = self.operation
+        operation.unended = None if is_final else record
         operation.cost += cost
         if usage is not None and self.price is not None:
             operation.price_version = record.price_version
@@ -211,6 +212,8 @@ class Operation:
         """In order."""
         self.cost = 0
         self.price_version = ""
+        self.unended: metering_service_pb2.Settlement | None = None
+        """The last attempt's settlement, when another attempt was to follow it."""
         self.input_count = 0
         self._is_counted = True
         self._count = count
@@ -349,6 +352,26 @@ class Operation:
             failure = Failure(Reason.INTERNAL, "a fault of ours")
         attempt.end(outcome, usage=usage, is_final=True, failure=failure)
 
+    def close(self) -> None:
+        """The operation is over. Where it was to go on and couldn't, since no other candidate could be called, this ends its hold, which
+        would else be kept from others until its time is over.
+        """
+        last = self.unended
+        if last is None or not last.hold_id:
+            return
+        self.unended = None
+        ended = metering_service_pb2.Settlement()
+        ended.CopyFrom(last)
+        ended.attempt_number = self._number + 1
+        ended.attempt_id = f"{self.id}/{ended.attempt_number}"
+        ended.outcome = receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT
+        ended.is_final = True
+        ended.cost_nano_usd = 0
+        for field in ("usage", "price_version", "duration"):
+            ended.ClearField(field)
+        ended.start_time.FromNanoseconds(time.time_ns())
+        self.spool.settle(ended)
+
     def _exhausted(self) -> Failure:
         now = self._now()
         if self._deadline - _MARGIN - now < _LEAST:
@@ -410,7 +433,8 @@ class Operation:
                     elif self._is_counted:
                         self._dropped(attempt, self._partial(produced) if self.input_count else None, error)
                     else:
-                        # Nobody waits for it any more.
+                        # Nobody waits for it any more, and it ends the hold.
+                        self.unended = None
                         self._later(self._dropped_counted(attempt, produced, error))
                     raise
                 attempt.target.breaker.succeeded()
@@ -552,6 +576,8 @@ class Operation:
     async def embed(self) -> tuple[Embedded, str]:
         """Vectors of the first candidate that answers, and its catalogue id. Raises as `complete`."""
         request: pb2.EmbedRequest = self._request
+        # What a provider that doesn't say is taken to have read.
+        self.input_count = sum(len(text.encode()) // 3 + 1 for text in request.inputs)
         last = len(self.candidates) - 1
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
@@ -587,12 +613,12 @@ class Operation:
                     attempt.end(receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT, usage=None, is_final=True, failure=failure)
                     raise
                 except BaseException as error:
-                    self._dropped(attempt, None, error)
+                    self._dropped(attempt, self._partial(0) if attempt.gate.passed else None, error)
                     raise
                 attempt.target.breaker.succeeded()
                 usage = embedded.usage
                 if usage.source == answer_pb2.USAGE_SOURCE_UNSPECIFIED:
-                    usage.input_token_count = sum(len(text.encode()) // 3 + 1 for text in request.inputs)
+                    usage.input_token_count = self.input_count
                     usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
                 attempt.end_well(usage)
                 return embedded, candidate.model

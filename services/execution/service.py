@@ -135,10 +135,11 @@ class ExecutionServicer:
             first_byte_seconds=self._first_byte,
         )
 
-    def _end(self, operation: str) -> None:
-        self._running.remove(operation)
+    def _end(self, operation: Operation) -> None:
+        operation.close()
+        self._running.remove(operation.id)
         done = self._done
-        done.add(operation)
+        done.add(operation.id)
         if len(done) >= _REMEMBERED:
             self._done, self._done_before = set(), done
         if not self._running:
@@ -154,7 +155,7 @@ class ExecutionServicer:
         except Failure as failure:
             raise _costed(failure, operation) from None
         finally:
-            self._end(operation.id)
+            self._end(operation)
         response: pb2.CompleteResponse | None = completed.reply
         if response is None:
             response = pb2.CompleteResponse()
@@ -200,7 +201,7 @@ class ExecutionServicer:
             # By name: a caller that leaves must find the attempt settled and the socket closed, not some turns later.
             if events is not None:
                 await events.aclose()
-            self._end(operation.id)
+            self._end(operation)
 
     async def Embed(self, request: pb2.EmbedRequest, call: Call) -> pb2.EmbedResponse:
         """See the proto."""
@@ -212,7 +213,7 @@ class ExecutionServicer:
         except Failure as failure:
             raise _costed(failure, operation) from None
         finally:
-            self._end(operation.id)
+            self._end(operation)
         response = pb2.EmbedResponse()
         _fill_attempts(response.attempts, operation)
         response.embeddings.extend([inference_service_pb2.Embedding(values=vector) for vector in embedded.vectors])

@@ -1,9 +1,9 @@
 """The spool: what attempts cost, written before anybody could forget it, posted to the ledger exactly once.
 
 An attempt's start is written before the provider is called, its settlement before the last byte goes to the caller, each by one
-`write` without fsync: `kill -9` loses nothing, a power cut at most the last group. A task fsyncs and posts in groups. Files are
-replayed at the next start: settlements are posted again, which the ledger takes once by attempt id, and attempts that never
-settled are posted as lost, to the platform's account.
+`write` without fsync: `kill -9` loses nothing, a power cut at most the settlements of the last group. They are fsynced in groups, whether
+the ledger is there or not, and then posted. Files are replayed at the next start: settlements are posted again, which the ledger takes
+once by attempt id, and attempts that never settled are posted as lost, to the platform's account.
 
     record = length (u32 LE), CRC-32 of the payload (u32 LE), kind (u8), payload
 """
@@ -92,10 +92,15 @@ class Spool:
         self._number = 0
         self._bytes = 0
         self._open: dict[str, _Segment] = {}
+        self._fresh: list[tuple[Any, _Segment]] = []
+        """Settled and not fsynced yet."""
+        self._syncing = 0
+        """How many are being fsynced."""
         self._unposted: deque[tuple[Any, _Segment]] = deque()
         self._waiting: list[tuple[bytes, Record, Begun | None]] = []
         """To be written before anything is sent, and at the end of this turn of the loop at the latest."""
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._settled = asyncio.Event()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -106,7 +111,7 @@ class Spool:
     @property
     def backlog(self) -> int:
         """Settlements that are not posted yet."""
-        return len(self._unposted)
+        return len(self._fresh) + self._syncing + len(self._unposted)
 
     def open(self, parse: Callable[[bytes], Any], lost: Callable[[Any], Any]) -> int:
         """Locks the directory, reads what an earlier process left, and returns how many attempts it lost.
@@ -139,6 +144,10 @@ class Spool:
                     if started is not None:
                         started[1].waiting -= 1
                     self._queue(record, segment)
+            # Whoever wrote it may have been killed before its fsync, and the ledger may be away for long.
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         for record, segment in began.values():
             lost_count += 1
             segment.waiting -= 1
@@ -198,15 +207,15 @@ class Spool:
 
     def _take_settled(self, record: Record, segment: _Segment) -> None:
         segment.waiting += 1
-        self._unposted.append((record, segment))
+        self._fresh.append((record, segment))
         started = self._open.pop(record.attempt_id, None)
         if started is not None:
             started.waiting -= 1
             if started is not segment:
                 self._drop_if_done(started)
-        if not self._wake.is_set():
+        if not self._settled.is_set():
             self._idle.clear()
-            self._wake.set()
+            self._settled.set()
 
     def begin(self, record: Record) -> Begun:
         """Records that an attempt begins, by one `write` for all of the same turn of the loop. What it returns is to be called before
@@ -264,14 +273,40 @@ class Spool:
 
     async def run(self) -> None:
         """Fsyncs and posts, in groups, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._sync_forever())
+            group.create_task(self._post_forever())
+
+    async def _sync_forever(self) -> None:
+        # On its own: a ledger that is away or slow must keep nothing from the disk.
+        while True:
+            if not self._fresh:
+                self._settled.clear()
+                await self._settled.wait()
+            # What comes within the group's time shares the fsync and the call.
+            await asyncio.sleep(self._group)
+            group, self._fresh = self._fresh, []
+            self._syncing = len(group)
+            try:
+                descriptors = {segment.descriptor for _, segment in group}
+                await asyncio.get_running_loop().run_in_executor(None, self._sync, descriptors)
+            except BaseException:
+                self._fresh[:0] = group
+                raise
+            else:
+                self._unposted.extend(group)
+                self._wake.set()
+            finally:
+                self._syncing = 0
+
+    async def _post_forever(self) -> None:
         pause = _FIRST_PAUSE
         while True:
             if not self._unposted:
                 self._wake.clear()
-                self._idle.set()
+                if not self.backlog:
+                    self._idle.set()
                 await self._wake.wait()
-            # What comes within the group's time shares the fsync and the call.
-            await asyncio.sleep(self._group)
             try:
                 await self._post_some()
                 pause = _FIRST_PAUSE
@@ -283,13 +318,12 @@ class Spool:
     async def _post_some(self) -> None:
         count = min(len(self._unposted), _MOST_PER_POST)
         group = [self._unposted[index] for index in range(count)]
-        await asyncio.get_running_loop().run_in_executor(None, self._sync, {segment.descriptor for _, segment in group})
         await self._post([record for record, _ in group])
         self.posted_count += count
         for _, segment in group:
             self._unposted.popleft()
             segment.waiting -= 1
-        for segment in {segment for _, segment in group}:
+        for segment in dict.fromkeys(segment for _, segment in group):
             self._drop_if_done(segment)
 
     @staticmethod
@@ -316,9 +350,9 @@ class Spool:
         self.write()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._unposted:
+                while self.backlog:
                     await self._idle.wait()
-        return not self._unposted
+        return not self.backlog
 
     def close(self) -> None:
         """Closes the files; those that are done with are removed, the others wait for the next start. Nothing is written from then on."""

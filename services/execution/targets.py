@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -34,9 +35,11 @@ class Target:
 class Targets:
     """What can be called."""
 
-    def __init__(self, figures: Figures, clock: Callable[[], float]) -> None:
+    def __init__(self, figures: Figures, clock: Callable[[], float], rng: random.Random | None = None) -> None:
+        """`rng` gives the breakers' jitter; None: each has its own."""
         self._figures = figures
         self._clock = clock
+        self._rng = rng
         self.providers: Mapping[str, Provider] = {}
         self.probes: dict[str, Probe] = {}
         self._targets: dict[tuple[str, str, str], Target] = {}
@@ -54,7 +57,7 @@ class Targets:
         if target is None:
             if len(self._targets) >= _MOST_BREAKERS:
                 del self._targets[next(iter(self._targets))]
-            target = self._targets[key] = Target(model, provider_id, Breaker(self._figures, self._clock))
+            target = self._targets[key] = Target(model, provider_id, Breaker(self._figures, self._clock, self._rng))
         return target
 
     def __iter__(self) -> Iterator[Target]:

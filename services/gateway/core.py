@@ -359,7 +359,8 @@ class Core:
                     response = await self._complete(wanted, timeout=timeout, metadata=forward)
                     cost = response.cost_nano_usd
                 except Failure as failure:
-                    cost = settled_cost(failure)
+                    if cost is None:
+                        cost = settled_cost(failure)
                     raise
                 finally:
                     self._release(facts, cost)
@@ -417,7 +418,8 @@ class Core:
                                 finished = reply.finished
                                 cost = finished.cost_nano_usd
                 except Failure as failure:
-                    cost = settled_cost(failure)
+                    if cost is None:
+                        cost = settled_cost(failure)
                     raise
                 finally:
                     self._release(facts, cost)
@@ -976,7 +978,8 @@ class Core:
             response = await self._peers.execution.Embed(embed_to_proto(facts, request), timeout=timeout, metadata=forward)
             cost = response.cost_nano_usd
         except Failure as failure:
-            cost = settled_cost(failure)
+            if cost is None:
+                cost = settled_cost(failure)
             raise
         finally:
             self._release(facts, cost)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from services.gateway.principals import Principal
 from services.gateway.receipts import Facts
-from services.runtime.errors import Failure, Reason
+from services.runtime.errors import Failure, NotSent, Reason
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, inference_service_pb2
 
@@ -108,7 +108,7 @@ def settled_cost(failure: Failure) -> int | None:
     said = failure.metadata.get("cost_nano_usd")
     if said is not None and said.isascii() and said.isdigit():
         return int(said)
-    if failure.reason in _UNBILLED:
+    if failure.reason in _UNBILLED or isinstance(failure, NotSent):
         return 0
     if failure.reason is Reason.ALL_CANDIDATES_FAILED:
         reasons = [value.rpartition(" ")[2] for key, value in failure.metadata.items() if key.startswith("attempt/")]

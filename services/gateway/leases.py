@@ -232,8 +232,11 @@ class Leases:
 
     def strand(self, lease: Lease, generation: int, amount: int) -> None:
         """The operation ended and nobody here knows what it cost: its hold stays taken until the lease is exchanged."""
-        if amount and generation == lease.generation and lease.money < _ENDLESS:
+        if amount and generation == lease.generation:
             lease.held -= amount
+            if lease.money >= _ENDLESS:
+                # Nothing was deducted for it.
+                return
             lease.stranded += amount
             if lease.stranded * 2 > lease.slice_money and not lease.wanted:
                 self._want(lease)

@@ -2,6 +2,7 @@
 
     Exception
     └── Failure            a reason of `sluice.errors.v1.ErrorReason`, words for people, values for programs, a retry delay
+        └── NotSent        a channel's own failure: the call never left this process
 
 A service derives its own base from `Failure` and a class per decision that its callers can make. Transports carry a `Failure`
 as `google.rpc.Status` with one `ErrorInfo` and, with a retry delay, one `RetryInfo`; the other side gets an equal `Failure`.
@@ -150,6 +151,17 @@ class Failure(Exception):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.reason.value}, {self.message!r}, metadata={dict(self.metadata)!r})"
+
+
+class NotSent(Failure):
+    """A call that never left this process, so that nothing can have come of it. Raised by channels; across a service boundary it is a
+    Failure like any other.
+    """
+
+    @classmethod
+    def of(cls, failure: Failure) -> NotSent:
+        """`failure`, of a call that was not sent."""
+        return cls(failure.reason, failure.message, metadata=failure.metadata, retry_delay=failure.retry_delay)
 
 
 def invalid(field: str, message: str) -> Failure:

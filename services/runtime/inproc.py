@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, FORWARDED, Call, Caller, Metadata
 from services.runtime.deadlines import carried
 from services.runtime.dispatch import Method, StreamHandler, Table
-from services.runtime.errors import Failure, Reason, deadline_exceeded
+from services.runtime.errors import NotSent, Reason, deadline_exceeded
 from services.runtime.interceptors import Ended, StagedStream
 
 MetadataLike = Iterable[tuple[str, str]]
@@ -60,7 +60,7 @@ class InprocChannel:
     def _method(self, path: str) -> Method:
         method = self._table().get(path)
         if method is None:
-            raise Failure(
+            raise NotSent(
                 Reason.DEPENDENCY_UNAVAILABLE,
                 f"nothing in this process serves {path!r}",
                 metadata={"dependency": path},

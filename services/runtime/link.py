@@ -24,7 +24,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.runtime.call import DEFAULT_TIMEOUT_SECONDS, Metadata
-from services.runtime.errors import Failure, Reason, deadline_exceeded, unavailable
+from services.runtime.errors import Failure, NotSent, Reason, deadline_exceeded, unavailable
 from services.runtime.frames import MAX_OUTBOX_BYTES, REPLICA_KEY, Outbox, link_options
 from services.runtime.inproc import MetadataLike
 from services.runtime.interceptors import Log
@@ -279,8 +279,12 @@ class _Caller(ABC):
         """A link that takes calls now; None: there is none."""
 
     @abstractmethod
-    async def _available(self, deadline: float) -> _Link:
-        """A link that takes calls, waiting for one if that may help. Raises Failure."""
+    async def _available(self, deadline: float, *, sent: bool) -> _Link:
+        """A link that takes calls, waiting for one if that may help. Raises NotSent, or Failure when the call was `sent` before."""
+
+    def _late(self, *, sent: bool) -> Failure:
+        failure = deadline_exceeded(self._service)
+        return failure if sent else NotSent.of(failure)
 
     def _serialised(self, request: Any) -> bytes:
         data: bytes = request.SerializeToString()
@@ -304,12 +308,12 @@ class _Caller(ABC):
             now = loop.time()
             deadline = now + (DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout)
             data = self._serialised(request)
-            retried = False
+            retried = sent = False
             while True:
-                link = self._pick() or await self._available(deadline)
+                link = self._pick() or await self._available(deadline, sent=sent)
                 now = loop.time()
                 if deadline <= now:
-                    raise deadline_exceeded(self._service)
+                    raise self._late(sent=sent)
                 future: asyncio.Future[bytes] = loop.create_future()
                 call_id = link.start(_Unary(future), method, data, deadline - now, metadata)
                 timer = loop.call_at(deadline, link.expire, call_id, now)
@@ -320,6 +324,7 @@ class _Caller(ABC):
                         raise unavailable(
                             self._service, f"the connection to {self._service} was lost during the call"
                         ) from None
+                    sent = True
                 except Failure as failure:
                     # A replica that drains hasn't begun the call.
                     if failure.reason is not Reason.DRAINING or retried:
@@ -347,10 +352,10 @@ class _Caller(ABC):
             data = self._serialised(request)
             retried = False
             while True:
-                link = self._pick() or await self._available(deadline)
+                link = self._pick() or await self._available(deadline, sent=False)
                 now = loop.time()
                 if deadline <= now:
-                    raise deadline_exceeded(self._service)
+                    raise self._late(sent=False)
                 pending = _Stream()
                 call_id = link.start(pending, method, data, deadline - now, metadata)
                 timer = loop.call_at(deadline, link.expire, call_id, now)
@@ -492,7 +497,7 @@ class LinkChannel(_Caller):
                 link = ready[(self._turn + offset) % count]
         return link
 
-    async def _available(self, deadline: float) -> _Link:
+    async def _available(self, deadline: float, *, sent: bool) -> _Link:
         """A link that takes calls; waits a moment for one, since replicas are restarted quickly."""
         loop = asyncio.get_running_loop()
         limit = min(deadline, loop.time() + _WAIT_READY_SECONDS)
@@ -504,8 +509,9 @@ class LinkChannel(_Caller):
                     await waiter
             except TimeoutError:
                 if loop.time() >= deadline:
-                    raise deadline_exceeded(self._service) from None
-                raise unavailable(self._service, f"no replica of {self._service} can be reached") from None
+                    raise self._late(sent=sent) from None
+                failure = unavailable(self._service, f"no replica of {self._service} can be reached")
+                raise (failure if sent else NotSent.of(failure)) from None
             finally:
                 self._waiters.discard(waiter)
         return link
@@ -522,8 +528,9 @@ class OneLink(_Caller):
     def _pick(self) -> _Link | None:
         return self._find()
 
-    async def _available(self, deadline: float) -> _Link:
-        raise unavailable(self._service, f"the replica of {self._service} that was asked for can't be reached")
+    async def _available(self, deadline: float, *, sent: bool) -> _Link:
+        failure = unavailable(self._service, f"the replica of {self._service} that was asked for can't be reached")
+        raise failure if sent else NotSent.of(failure)
 
 
 async def _resolve(endpoints: Iterable[str]) -> list[str]:

@@ -61,9 +61,9 @@ class Scenario:
 
 def registered() -> tuple[Scenario, ...]:
     """Every scenario there is. A new issue brings a module and its line here."""
-    from tests.proof import mesh, money
+    from tests.proof import mesh, money, simulated
 
-    return (*mesh.SCENARIOS, *money.SCENARIOS)
+    return (*mesh.SCENARIOS, *money.SCENARIOS, *simulated.SCENARIOS)
 
 
 def select(only: Sequence[str]) -> list[Scenario]:

@@ -614,6 +614,27 @@ async def test_what_a_provider_has_read_is_booked_though_no_answer_came(tmp_path
         assert (late.attempt_id, late.cost_nano_usd) == ("late/1", 11_000)
 
 
+async def test_texts_that_a_provider_has_read_are_booked_too(tmp_path: Path) -> None:
+    async with world(tmp_path / "one", a=hangs) as made:
+        task = asyncio.create_task(made.operation("a", kind=pb2.EmbedRequest, inputs=["some text"]).embed())
+        await made.servers["a"].asked.wait()
+        began = [path.read_bytes() for path in (tmp_path / "one").glob("*.spool")]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        with pytest.raises(Failure):
+            await made.operation("a", kind=pb2.EmbedRequest, inputs=["some text"], seconds=0.2, operation_id="late").embed()
+        for settled in await made.settled():
+            assert (settled.usage.input_token_count, settled.cost_nano_usd) == (4, 4_000)
+            assert settled.usage.source == answer_pb2.USAGE_SOURCE_ESTIMATED
+    # And what a crash of ours cost is known to the platform.
+    (tmp_path / "two").mkdir()
+    for number, content in enumerate(began, 1):
+        (tmp_path / "two" / f"{number:010d}.spool").write_bytes(content)
+    async with world(tmp_path / "two") as made:
+        [crashed] = await made.settled()
+    assert (crashed.outcome, crashed.cost_nano_usd) == (receipt_pb2.ATTEMPT_OUTCOME_LOST, 4_000)
+
+
 async def test_the_deadline_of_a_caller_in_a_hurry_opens_no_breaker(tmp_path: Path) -> None:
     """One tenant must not be able to take a model away from all others."""
     async with world(tmp_path, a=hangs) as made:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from services.execution.catalogue import Entry
 from services.execution.service import ExecutionServicer, Reports
 from services.runtime.call import Call
 from services.runtime.errors import Failure, Reason
 from sluice.execution.v1 import execution_service_pb2 as pb2
-from sluice.inference.v1 import conversation_pb2
+from sluice.inference.v1 import conversation_pb2, receipt_pb2
 from tests.unit.execution.adapters.recorded import OPENAI_WHOLE, RECORDED, TEXT
 from tests.unit.execution.examples import billing, candidate, conversation, texts
 from tests.unit.execution.upstream import PATIENCE, chunked, document, hangs
@@ -129,6 +130,34 @@ async def test_a_failure_says_what_it_cost(tmp_path: Path) -> None:
         with pytest.raises(Failure) as caught:
             await servicer.Complete(request(operation_id="second", candidates=[candidate("b")]), call())
         assert caught.value.metadata == {"attempt/1": "b/m PROVIDER_UNAVAILABLE", "cost_nano_usd": "0"}
+
+
+@pytest.mark.parametrize("kind", [pb2.CompleteRequest, pb2.StreamCompleteRequest])
+async def test_a_hold_ends_though_the_candidate_that_was_to_follow_could_not_be_called(tmp_path: Path, kind: Any) -> None:
+    plan = [candidate("a", attempt_timeout=Duration(nanos=50_000_000)), candidate("gone")]
+    async with world(tmp_path, a=hangs) as made:
+        servicer = servicer_of(made)
+        asked = request(kind, candidates=plan, billing=billing(hold_id="h", hold_nano_usd=1), input_count={"token_count": 11})
+        with pytest.raises(Failure) as caught:
+            if kind is pb2.CompleteRequest:
+                await servicer.Complete(asked, call())
+            else:
+                await anext(servicer.StreamComplete(asked, call()))
+        assert caught.value.reason is Reason.ALL_CANDIDATES_FAILED
+        assert caught.value.metadata["cost_nano_usd"] == "11000"
+        settled = await made.settled()
+    assert [(one.attempt_id, one.cost_nano_usd, one.is_final, one.hold_id) for one in settled] == [
+        ("op/1", 11_000, False, "h"),
+        ("op/2", 0, True, "h"),
+    ]
+    assert settled[1].outcome == receipt_pb2.ATTEMPT_OUTCOME_NOT_SENT
+
+
+async def test_without_a_hold_of_its_own_an_operation_needs_no_end(tmp_path: Path) -> None:
+    async with world(tmp_path, a=document({}, 500)) as made:
+        with pytest.raises(Failure):
+            await servicer_of(made).Complete(request(candidates=[candidate("a"), candidate("gone")]), call())
+        assert [(one.attempt_id, one.is_final) for one in await made.settled()] == [("op/1", False)]
 
 
 async def test_it_is_idle_only_when_nothing_runs(tmp_path: Path) -> None:

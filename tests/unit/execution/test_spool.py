@@ -259,6 +259,51 @@ async def test_a_ledger_that_is_away_gets_everything_once_when_it_is_back(tmp_pa
     assert files(tmp_path) == []
 
 
+async def test_a_ledger_that_hangs_keeps_nothing_from_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut takes no more than the last group, however long the ledger has been away."""
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    hangs, asked = asyncio.Event(), asyncio.Event()
+
+    async def post(records: Sequence[Any]) -> None:
+        asked.set()
+        await hangs.wait()
+
+    spool = Spool(tmp_path, post, group_seconds=0.0005, segment_bytes=1 << 20, most_bytes=1 << 24)
+    spool.open(parse, lost)
+    task = asyncio.create_task(spool.run())
+    spool.settle(settlement("first", 1, 7))
+    async with asyncio.timeout(PATIENCE):
+        await asked.wait()
+        spool.settle(settlement("second", 1, 7))
+        [file] = files(tmp_path)
+        while synced[-1] < file.stat().st_size:
+            await asyncio.sleep(0.001)
+    assert spool.backlog == 2
+    hangs.set()
+    assert await spool.flush(PATIENCE)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    spool.close()
+
+
+async def test_what_a_restart_finds_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = spool_at(tmp_path / "one", Ledger())
+    killed.open(parse, lost)
+    killed.settle(settlement("op/1", 1, 7))
+    [left] = files(tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    found = tmp_path / "two" / left.name
+    found.write_bytes(left.read_bytes())
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    again = spool_at(tmp_path / "two", Ledger())
+    again.open(parse, lost)
+    assert found.stat().st_ino in synced
+    again.close()
+    killed.close()
+
+
 async def test_a_file_with_an_open_attempt_is_kept(tmp_path: Path) -> None:
     ledger = Ledger()
     spool = spool_at(tmp_path, ledger, segment_bytes=4096)

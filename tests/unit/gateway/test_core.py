@@ -375,6 +375,22 @@ async def test_a_hold_of_its_own_is_voided_when_nothing_was_charged() -> None:
     assert void.hold_id.startswith("hold-")
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_what_is_held_is_freed_when_the_deadline_passes_before_execution_is_asked(streaming: bool) -> None:
+    world = World()
+    world.metering.budget = 10_000_000
+    world.metering.leases_money = False
+    del world.routing.plan.candidates[:]
+    world.routing.plan.candidates.append(candidate("a/one", cost=price(), longest=100))
+    # The process stands still while the hold's answer waits to be read.
+    world.core._clock = lambda: world.loop.time() + (10.0 if world.metering.asked("Hold") else 0.0)
+    failure = await refused(world.stream() if streaming else world.generate())
+    assert failure.reason is Reason.DEADLINE_EXCEEDED
+    assert not world.execution.calls
+    await world.voids.flush()
+    assert len(world.metering.asked("VoidHold")) == 1
+
+
 async def test_a_failure_of_unknown_cost_keeps_the_hold_until_the_lease_is_exchanged() -> None:
     world = World()
     world.metering.budget = 1_000_000

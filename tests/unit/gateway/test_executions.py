@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from services.gateway.executions import deltas_of, end_user_hash, settled_cost
-from services.runtime.errors import Failure, Reason
+from services.runtime.errors import Failure, NotSent, Reason, unavailable
 from sluice.inference.v1 import answer_pb2
 from tests.unit.gateway.fakes import PRINCIPAL, World, answer, generate, price
 
@@ -15,6 +15,8 @@ def test_the_cost_of_a_failure() -> None:
     assert settled_cost(said) == 42
     assert settled_cost(Failure(Reason.PROVIDER_REJECTED, "")) == 0
     assert settled_cost(Failure(Reason.DEADLINE_EXCEEDED, "")) is None
+    assert settled_cost(unavailable("execution", "")) is None
+    assert settled_cost(NotSent.of(unavailable("execution", ""))) == 0
     free = {"attempt/1": "a/one PROVIDER_UNAVAILABLE", "attempt/2": "b/two BREAKER_OPEN"}
     assert settled_cost(Failure(Reason.ALL_CANDIDATES_FAILED, "", metadata=free)) == 0
     unsure = {**free, "attempt/3": "c/three PROVIDER_TIMEOUT"}

@@ -181,6 +181,14 @@ async def test_what_is_stranded_is_returned_to_the_store_with_its_lease() -> Non
     assert lease.money >= 1000
 
 
+async def test_nothing_is_stranded_where_no_budget_is_set() -> None:
+    world = World()
+    lease = await world.leases.admit_waiting("key-1", 1, 1.0)
+    assert world.leases.take(lease, 700)
+    world.leases.strand(lease, lease.generation, 700)
+    assert (lease.held, lease.stranded, lease.owed()) == (0, 0, 0)
+
+
 async def test_no_budget_means_no_accounts() -> None:
     world = World()
     lease = await world.leases.admit_waiting("key-1", 1, 1.0)

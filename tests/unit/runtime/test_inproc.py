@@ -8,7 +8,7 @@ import pytest
 from services.runtime.call import ANONYMOUS
 from services.runtime.deadlines import bounded
 from services.runtime.dispatch import Kind, Method, Table
-from services.runtime.errors import Failure, Reason
+from services.runtime.errors import Failure, NotSent, Reason
 from services.runtime.inproc import InprocChannel
 from services.runtime.metrics import Registry
 from sluice.tokenization.v1 import tokenization_service_pb2
@@ -33,7 +33,7 @@ async def test_messages_are_handed_over_without_a_copy() -> None:
 async def test_a_method_that_nothing_serves_is_unavailable() -> None:
     channel = InprocChannel(lambda: Table(()), ANONYMOUS)
     stub: Any = TokenizationServiceStub(channel)  # type: ignore[call-overload]
-    with pytest.raises(Failure) as raised:
+    with pytest.raises(NotSent) as raised:
         await stub.CountTexts(CountTextsRequest())
     assert raised.value.reason is Reason.DEPENDENCY_UNAVAILABLE
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.runtime.errors import Failure, Reason
+from services.runtime.errors import Failure, NotSent, Reason
 from services.runtime.frames import FIRST_CREDITS
 from services.runtime.link import LinkChannel, _Link
 from sluice.jobs.v1.job_service_pb2 import RedriveJobRequest, WatchJobRequest
@@ -58,11 +58,17 @@ async def test_a_large_message_travels_and_one_over_the_limit_does_not() -> None
 async def test_nobody_there_is_unavailable_within_a_second() -> None:
     async with links(f"127.0.0.1:{free_port()}") as channel:
         began = asyncio.get_running_loop().time()
-        with pytest.raises(Failure) as raised:
+        with pytest.raises(NotSent) as raised:
             await tokens(channel).Fit(FitRequest(), timeout=10)
         assert raised.value.reason is Reason.DEPENDENCY_UNAVAILABLE
         assert raised.value.retry_delay is not None
         assert asyncio.get_running_loop().time() - began < 1
+        with pytest.raises(NotSent) as raised:
+            await tokens(channel).Fit(FitRequest(), timeout=0.05)
+        assert raised.value.reason is Reason.DEADLINE_EXCEEDED
+        with pytest.raises(NotSent) as raised:
+            [reply async for reply in jobs(channel).WatchJob(WatchJobRequest(job_id="1"), timeout=0.05)]
+        assert raised.value.reason is Reason.DEADLINE_EXCEEDED
 
 
 async def test_a_lost_server_fails_open_calls_and_later_ones_succeed_after_its_restart() -> None:
@@ -76,6 +82,8 @@ async def test_a_lost_server_fails_open_calls_and_later_ones_succeed_after_its_r
         with pytest.raises(Failure) as raised:
             await unary
         assert raised.value.reason is Reason.DEPENDENCY_UNAVAILABLE
+        # It may have been carried out.
+        assert not isinstance(raised.value, NotSent)
         assert loop.time() - lost < 1
         with pytest.raises(Failure):
             await tokens(channel).Fit(FitRequest(), timeout=5)
