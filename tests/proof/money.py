@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.proof import tampering
+from tests.proof import oracle, tampering
 from tests.proof.registry import Scenario
 
 _FINDS: Final = "`ledger verify` finds a changed byte, a removed row, swapped rows, and against a kept head a cut tail"
@@ -12,4 +12,9 @@ _FINDS: Final = "`ledger verify` finds a changed byte, a removed row, swapped ro
 SCENARIOS: Final = (
     Scenario("money.ledger_tampering_sqlite", f"{_FINDS}, on SQLite", tampering.on_sqlite),
     Scenario("money.ledger_tampering_postgres", f"{_FINDS}, on PostgreSQL", tampering.on_postgres),
+    Scenario(
+        "money.oracle_kills",
+        "while every process is killed, each answer is booked as its provider billed it",
+        oracle.oracle_kills,
+    ),
 )
