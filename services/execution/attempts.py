@@ -17,6 +17,7 @@ from services.execution.pricing import cost_of, prompt_cost
 from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt, Provider
 from services.execution.spool import Spool
 from services.execution.targets import Target, Targets
+from services.runtime.call import Call
 from services.runtime.errors import Failure, Reason, deadline_exceeded
 from sluice.errors.v1 import error_reason_pb2
 from sluice.execution.v1 import execution_service_pb2 as pb2
@@ -195,7 +196,7 @@ class Operation:
         targets: Targets,
         spool: Spool,
         report: Report,
-        deadline: float,
+        call: Call,
         now: Callable[[], float],
         count: Count,
         later: Later,
@@ -220,7 +221,8 @@ class Operation:
         self._later = later
         self._request = request
         self._targets = targets
-        self._deadline = deadline
+        self._call = call
+        self._deadline = call.deadline
         self._first_byte = first_byte_seconds
         self._now = now
         self._failed: list[tuple[str, Reason]] = []
@@ -341,7 +343,11 @@ class Operation:
     def _dropped(self, attempt: _Attempt, usage: answer_pb2.Usage | None, error: BaseException) -> None:
         """Settles an attempt that ended by something else than its provider: its caller went away, or a fault of ours."""
         attempt.target.breaker.ignored()
-        if isinstance(error, asyncio.CancelledError | GeneratorExit):
+        if isinstance(error, asyncio.CancelledError | GeneratorExit) and self._call.is_lost:
+            # Not its caller left but a gateway of ours ended, and its caller got nothing.
+            outcome, failure = receipt_pb2.ATTEMPT_OUTCOME_LOST, Failure(Reason.INTERNAL, "the gateway was lost")
+            attempt.record.payer = metering_service_pb2.PAYER_PLATFORM
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
             outcome, failure = receipt_pb2.ATTEMPT_OUTCOME_CANCELLED, Failure(Reason.CANCELLED, "the caller went away")
         else:
             outcome = (

@@ -128,7 +128,7 @@ class ExecutionServicer:
             self._targets,
             self._spool,
             self._reports.add,
-            call.deadline,
+            call,
             self._now,
             self._counts.count,
             self._counts.later,

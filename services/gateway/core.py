@@ -42,7 +42,7 @@ from services.gateway.replays import Answered, Replays
 from services.gateway.sharing import Sharing
 from services.gateway.validation import Shape
 from services.gateway.voids import Voids
-from services.runtime.call import Metadata
+from services.runtime.call import Call, Metadata
 from services.runtime.errors import Failure, Reason, deadline_exceeded, invalid
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
@@ -157,15 +157,15 @@ class Core:
         *,
         deadline: float,
         forward: Metadata = (),
-        is_passed_on: bool = False,
+        passed_on: Call | None = None,
     ) -> Coroutine[Any, Any, Completion]:
         """Answers a conversation. Failure with any reason that the contract of Generate allows.
 
-        `is_passed_on`: another gateway takes this one for the owner of the request id.
+        `passed_on`: the call of another gateway, which takes this one for the owner of the request id.
         """
         if not request.request_id:
             return self._generate(principal, request, deadline, forward)
-        return self._joined(principal, request, deadline, forward, is_passed_on)
+        return self._joined(principal, request, deadline, forward, passed_on)
 
     async def _joined(
         self,
@@ -173,11 +173,11 @@ class Core:
         request: inference_service_pb2.GenerateRequest,
         deadline: float,
         forward: Metadata,
-        is_passed_on: bool,
+        passed_on: Call | None,
     ) -> Completion:
         self._check_id(principal, request.request_id)
         scope = _scope(principal)
-        if not is_passed_on:
+        if passed_on is None:
             with self._entered():
                 passed = await self._passing.generate(scope, principal, request, deadline, forward)
             if passed is not None:
@@ -189,6 +189,7 @@ class Core:
             "generate",
             lambda: self._generate(principal, request, deadline, forward),
             deadline,
+            _loss_of(passed_on),
         )
         assert isinstance(result, Completion), "the fingerprint tells embeddings from answers"
         return result
@@ -201,15 +202,15 @@ class Core:
         accepted_wire: int,
         deadline: float,
         forward: Metadata = (),
-        is_passed_on: bool = False,
+        passed_on: Call | None = None,
     ) -> AsyncGenerator[StreamEvent, None]:
         """Answers a conversation piece by piece: first Opened, then bytes (only with `is_wire`) or DeltaBatch, last Completion.
 
-        Closing the iterator (`aclose`) cancels the operation, unless others have joined it. `is_passed_on` as in `generate`.
+        Closing the iterator (`aclose`) cancels the operation, unless others have joined it. `passed_on` as in `generate`.
         """
         if not request.request_id:
             return self._stream(principal, request, accepted_wire, deadline, forward)
-        return self._joined_stream(principal, request, accepted_wire, deadline, forward, is_passed_on)
+        return self._joined_stream(principal, request, accepted_wire, deadline, forward, passed_on)
 
     async def embed(
         self,
@@ -218,14 +219,14 @@ class Core:
         *,
         deadline: float,
         forward: Metadata = (),
-        is_passed_on: bool = False,
+        passed_on: Call | None = None,
     ) -> inference_service_pb2.EmbedResponse:
-        """Turns texts into vectors. `is_passed_on` as in `generate`."""
+        """Turns texts into vectors. `passed_on` as in `generate`."""
         if not request.request_id:
             return await self._embed(principal, request, deadline, forward)
         self._check_id(principal, request.request_id)
         scope = _scope(principal)
-        if not is_passed_on:
+        if passed_on is None:
             with self._entered():
                 passed = await self._passing.embed(scope, principal, request, deadline, forward)
             if passed is not None:
@@ -237,6 +238,7 @@ class Core:
             "embed",
             lambda: self._embed(principal, request, deadline, forward),
             deadline,
+            _loss_of(passed_on),
         )
         assert isinstance(result, inference_service_pb2.EmbedResponse), "the fingerprint tells embeddings from answers"
         return result
@@ -446,11 +448,11 @@ class Core:
         accepted_wire: int,
         deadline: float,
         forward: Metadata,
-        is_passed_on: bool,
+        passed_on: Call | None,
     ) -> AsyncGenerator[StreamEvent, None]:
         self._check_id(principal, request.request_id)
         scope = _scope(principal)
-        if not is_passed_on:
+        if passed_on is None:
             is_elsewhere = False
             with self._entered():
                 passed = self._passing.stream(scope, principal, request, deadline, forward)
@@ -469,6 +471,7 @@ class Core:
             lambda: self._stream(principal, request, accepted_wire, deadline, forward),
             _weigh,
             deadline,
+            _loss_of(passed_on),
         )
         opened = False
         async with contextlib.aclosing(shared) as events:
@@ -995,6 +998,15 @@ def _weigh(event: StreamEvent) -> int:
 
 def _model(request: inference_service_pb2.GenerateRequest) -> str:
     return request.routing.model or "auto"
+
+
+def _loss_of(passed_on: Call | None) -> Callable[[], bool]:
+    """Whether the gateway that passed a request on is gone."""
+    return (lambda: passed_on.is_lost) if passed_on is not None else _never
+
+
+def _never() -> bool:
+    return False
 
 
 def _scope(principal: Principal) -> str:

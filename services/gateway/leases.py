@@ -493,7 +493,8 @@ class Leases:
             if lease.used or lease.in_flight:
                 if lease.expires > 0.0:
                     self._want(lease)
-            elif now > lease.expires - 1.0:
+            else:
+                # Unused since the last grant: its money is for others.
                 lease.expires = 0.0
                 self._want(lease)
 

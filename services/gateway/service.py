@@ -37,7 +37,7 @@ class InferenceService:
         """As the contract says."""
         principal = await self._principal(call)
         completion = await self._core.generate(
-            principal, request, deadline=self._deadline(call), forward=call.forward, is_passed_on=_is_passed_on(call)
+            principal, request, deadline=self._deadline(call), forward=call.forward, passed_on=_passed_on(call)
         )
         response = inference_service_pb2.GenerateResponse(
             operation_id=completion.operation_id, answer=completion.answer, cost_nano_usd=completion.cost_nano_usd
@@ -59,7 +59,7 @@ class InferenceService:
             accepted_wire=0,
             deadline=self._deadline(call),
             forward=call.forward,
-            is_passed_on=_is_passed_on(call),
+            passed_on=_passed_on(call),
         )
         try:
             async for event in events:
@@ -79,7 +79,7 @@ class InferenceService:
         """As the contract says."""
         principal = await self._principal(call)
         return await self._core.embed(
-            principal, request, deadline=self._deadline(call), forward=call.forward, is_passed_on=_is_passed_on(call)
+            principal, request, deadline=self._deadline(call), forward=call.forward, passed_on=_passed_on(call)
         )
 
     async def CountTokens(
@@ -131,9 +131,9 @@ def secret_of(authorization: str | None, api_key: str | None) -> str | None:
     return api_key.strip() or None if api_key is not None else None
 
 
-def _is_passed_on(call: Call) -> bool:
-    """Whether another gateway passed the call on, so that it is run here. Nobody else can say so."""
-    return call.caller.kind is CallerKind.SERVICE and PASSED_ON in call.metadata
+def _passed_on(call: Call) -> Call | None:
+    """The call if another gateway passed it on, so that it is run here. Nobody else can say so."""
+    return call if call.caller.kind is CallerKind.SERVICE and PASSED_ON in call.metadata else None
 
 
 def _represented(call: Call) -> Principal:

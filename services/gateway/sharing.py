@@ -42,14 +42,16 @@ class Sharing:
         kind: str,
         work: Callable[[], Coroutine[Any, Any, Answered]],
         deadline: float,
+        is_lost: Callable[[], bool],
     ) -> Answered:
         """What the operation of this request id results in; `work` is run when there is none yet.
 
         Failure REQUEST_ID_REUSED when the id was used with another body, DEADLINE_EXCEEDED at `deadline`, when the operation goes on for
-        those who still wait, or the operation's own.
+        those who still wait, or the operation's own. `is_lost`: whether the caller has not left but the gateway that passed it on is gone;
+        then the operation goes on for its caller's repetition.
         """
         shared, _ = self._find_or_begin(tenant_id, request_id, body, kind, lambda _: work())
-        with _waiting(shared):
+        with _waiting(shared, is_lost):
             while not shared.is_done():
                 await _change(shared, deadline)
         return _result(shared)
@@ -64,6 +66,7 @@ class Sharing:
         work: Callable[[], AsyncGenerator[Any, None]],
         weigh: Weigh,
         deadline: float,
+        is_lost: Callable[[], bool],
     ) -> AsyncGenerator[Any, None]:
         """The pieces of the operation's stream and last its Completion; the Completion alone when the pieces can't be had in the
         format `wire` from the first one on. Failures as in `run`.
@@ -83,7 +86,7 @@ class Sharing:
         shared, is_new = self._find_or_begin(tenant_id, request_id, body, kind, pump)
         if is_new:
             shared.wire = wire
-        with _waiting(shared), shared.read() as reader:
+        with _waiting(shared, is_lost), shared.read() as reader:
             while reader.is_whole and shared.wire in (wire, 0):
                 event = reader.next()
                 if event is not None:
@@ -151,14 +154,14 @@ def _mark(kind: str, body: Message) -> bytes:
 
 
 @contextlib.contextmanager
-def _waiting(shared: Shared[Answered]) -> Iterator[None]:
-    """Counts a caller that waits; the last one to leave before the end cancels the operation."""
+def _waiting(shared: Shared[Answered], is_lost: Callable[[], bool]) -> Iterator[None]:
+    """Counts a caller that waits; the last one to leave before the end cancels the operation, unless it `is_lost`."""
     shared.waiters += 1
     try:
         yield
     finally:
         shared.waiters -= 1
-        if shared.waiters == 0 and not shared.is_done() and shared.work is not None:
+        if shared.waiters == 0 and not shared.is_done() and shared.work is not None and not is_lost():
             if shared.abandon is not None:
                 shared.abandon()
             shared.work.cancel()

@@ -17,6 +17,9 @@ from services.metering.limits import UNLIMITED, Concurrency, Rates
 from services.metering.ports import Chain, Store
 
 _MOST_ANSWERS: Final = 100_000
+_SETTLE_SECONDS: Final = 15.0
+"""After a lease's replica has let go of it, or was lost: by then what ran there is settled. Execution posts within milliseconds, and within
+seconds of its own restart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,8 @@ class Leasing:
         self._replicas: dict[str, float] = {}
         self._incarnations: dict[str, str] = {}
         """Replica by the part of its id that is the same after a restart."""
-        self._leases_of: dict[str, set[str]] = {}
-        """Leases with a share of some concurrency, by replica."""
+        self._leases_of: dict[str, dict[str, Payer]] = {}
+        """Leases that are out, by replica, with who pays."""
 
     async def acquire(self, wish: Wish) -> Grant:
         """Grants what can be had. A repeated wish (same replica, key and sequence) gets the grant it got. Raises KeyUnknown."""
@@ -124,6 +127,7 @@ class Leasing:
         chain = await self._store.chain_by_key(wish.key_id)
         if chain is None or not chain.key.is_active(now):
             raise KeyUnknown
+        lost: dict[str, Payer] = {}
         self._replicas[wish.replica_id] = now + 2 * self._seconds
         for replica in [name for name, until in self._replicas.items() if until < now]:
             self._forget(replica)
@@ -132,11 +136,15 @@ class Leasing:
             # The process was started again: what ran in the one before has ended with it, and nobody else may wait for its lease to end.
             self._incarnations[slot] = wish.replica_id
             if before is not None:
-                self._forget(before)
+                lost = self._forget(before)
+        payer = Payer(chain.tenant.id, chain.project.id, chain.key.id)
         lease_id = wish.lease_id or _lease_id(wish)
-        self._leases_of.setdefault(wish.replica_id, set()).add(lease_id)
+        self._leases_of.setdefault(wish.replica_id, {})[lease_id] = payer
+        for one, its_payer in lost.items():
+            # Its money, too, once what was cut off there is settled.
+            await self._store.grant_slice(one, its_payer, 0, 0, now + min(self._grace, _SETTLE_SECONDS))
         expires = now + self._seconds
-        money = await self._money(chain, wish, lease_id, expires)
+        money = await self._money(payer, wish, lease_id, expires)
         requests, wait = self._rates.take(self._limits(chain, "requests"), max(0, wish.requests), now)
         tokens, token_wait = self._rates.take(self._limits(chain, "tokens"), max(0, wish.tokens), now)
         share = self._concurrency.share(lease_id, self._limits(chain, "concurrency"), max(1, wish.concurrency), expires, now)
@@ -151,16 +159,18 @@ class Leasing:
             max(wait, token_wait),
         )
 
-    def _forget(self, replica: str) -> None:
+    def _forget(self, replica: str) -> dict[str, Payer]:
+        """The replica is gone; returns its leases."""
         self._replicas.pop(replica, None)
-        for lease in self._leases_of.pop(replica, ()):
+        leases = self._leases_of.pop(replica, {})
+        for lease in leases:
             self._concurrency.release(lease)
         slot = replica.rpartition(".")[0]
         if self._incarnations.get(slot) == replica:
             del self._incarnations[slot]
+        return leases
 
-    async def _money(self, chain: Chain, wish: Wish, lease_id: str, expires: float) -> Slice:
-        payer = Payer(chain.tenant.id, chain.project.id, chain.key.id)
+    async def _money(self, payer: Payer, wish: Wish, lease_id: str, expires: float) -> Slice:
         # A slice is a few holds; when the budget nears what the replicas' slices could hide, every hold asks for itself.
         reserve = self._recall_factor * max(1, len(self._replicas)) * max(1, wish.nano_usd // 8)
         return await self._store.grant_slice(lease_id, payer, max(0, wish.nano_usd), reserve, expires + self._grace)
@@ -169,8 +179,8 @@ class Leasing:
         """Ends a lease; what of `owed` (spent since it was granted, or held by what still runs) isn't posted yet stays reserved."""
         self._concurrency.release(lease_id)
         for leases in self._leases_of.values():
-            leases.discard(lease_id)
-        await self._store.return_lease(lease_id, owed, self._clock() + self._grace)
+            leases.pop(lease_id, None)
+        await self._store.return_lease(lease_id, owed, self._clock() + min(self._grace, _SETTLE_SECONDS))
 
     def _limits(self, chain: Chain, kind: str) -> dict[str, int]:
         """Limits by name of the account, unlimited ones left out."""

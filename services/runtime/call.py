@@ -58,6 +58,8 @@ class Call:
     caller: Caller = ANONYMOUS
     forward: Metadata = field(default=())
     """Metadata to pass on with calls made on behalf of this one: `x-request-id`, `traceparent`."""
+    is_lost: bool = False
+    """Set when the call is cancelled because the connection to its caller broke: a process of ours ended, nobody took anything back."""
     span: object | None = None
     """The trace's span of this call, when traces are on; the telemetry module knows its type."""
 

@@ -88,6 +88,7 @@ class _Session:
         self._loop = asyncio.get_running_loop()
         self._outbox = Outbox(link_service_pb2.ExchangeResponse)
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._calls: dict[int, Call] = {}
         self._credits: dict[int, _Credits] = {}
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self.draining = False
@@ -114,6 +115,8 @@ class _Session:
         try:
             await asyncio.wait((reader, writer, self._closed), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            for call in self._calls.values():
+                call.is_lost = True
             ending = [reader, writer, *self._tasks.values()]
             for task in ending:
                 task.cancel()
@@ -161,6 +164,7 @@ class _Session:
         deadline = self._loop.time() + (timeout / 1e6 if timeout > 0 else DEFAULT_TIMEOUT_SECONDS)
         metadata = dict(zip(pairs[::2], pairs[1::2], strict=True)) if pairs else {}
         call = Call(path, deadline, metadata, self._caller)
+        self._calls[call_id] = call
         run = self._unary if method.unary is not None else self._stream
         self._tasks[call_id] = self._loop.create_task(run(call_id, method, opened.request, call))
 
@@ -189,7 +193,7 @@ class _Session:
             frame.call_id = call_id
             frame.unary = reply
         finally:
-            del self._tasks[call_id]
+            del self._tasks[call_id], self._calls[call_id]
             self._admission.leave()
 
     async def _stream(self, call_id: int, method: Method, data: bytes, call: Call) -> None:
@@ -214,7 +218,7 @@ class _Session:
         except Exception as error:  # noqa: BLE001
             failure = self._unsendable(call, error)
         finally:
-            del self._tasks[call_id]
+            del self._tasks[call_id], self._calls[call_id]
             del self._credits[call_id]
             self._admission.leave()
         self._end(call_id, failure)

@@ -25,7 +25,7 @@ from services.runtime.errors import Failure
 from sluice.inference.v1 import receipt_pb2
 from sluice.metering.v1 import tenancy_service_pb2, usage_service_pb2
 from tests.proof import provider
-from tests.proof.callers import Ask, Callers, Outcome, TryFailedError, addresses
+from tests.proof.callers import Ask, Callers, Outcome, addresses
 from tests.proof.redelivery import Redelivery
 from tests.proof.registry import Context, Result
 from tests.running import ROOT, Running, default_catalogue, running
@@ -59,7 +59,8 @@ def oracle(*, fastest: float = 0.5, slowest: float = 5.0) -> Iterator[tuple[str,
         try:
             ends = time.monotonic() + 20.0
             while not (directory / "port").exists():
-                assert process.poll() is None and time.monotonic() < ends, "the oracle does not start"
+                assert process.poll() is None, "the oracle does not start"
+                assert time.monotonic() < ends, "the oracle does not start in time"
                 time.sleep(0.02)
             yield f"http://127.0.0.1:{(directory / 'port').read_text()}/v1", directory / "bill"
         finally:
@@ -334,8 +335,10 @@ def oracle_kills(context: Context) -> Result:
         *verdict.problems,
         *again.refused,
         *found.complaints,
-        f"{found.answered} answered, {left} left, {given_up} gave up; {found.executions} executions; "
-        f"{again.delivered_count} settlements delivered again; killed {dict(Counter(kills.names))}",
+        (
+            f"{found.answered} answered, {left} left, {given_up} gave up; {found.executions} executions; "
+            f"{again.delivered_count} settlements delivered again; killed {dict(Counter(kills.names))}"
+        ),
         *(f"{count} x {error}" for error, count in errors.most_common(6)),
     ]
     return Result(number, measured, bound, ok, details)

@@ -165,6 +165,7 @@ class _Exchange:
         self.waiter: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._hung_up = False
+        self._call: Call | None = None
         self._there = self._back = 0.0
         client.exchanges[self] = None
         server.exchanges[self] = None
@@ -218,7 +219,7 @@ class _Exchange:
             self.open = False
             self.client.exchanges.pop(self, None)
             if self.client.loop.alive:
-                self._to_server(self.network.universe.pause(), self.hang_up)
+                self._to_server(self.network.universe.pause(), self.called_off)
 
     def expire(self) -> None:
         """The call's time is over, on the caller's clock."""
@@ -257,12 +258,21 @@ class _Exchange:
             return
         deadline = self.server.loop.time() + self.timeout
         caller = Caller(CallerKind.SERVICE, self.client.service)
-        call = Call(self.method, deadline, self.metadata, caller)
+        call = self._call = Call(self.method, deadline, self.metadata, caller)
         run = self._unary if method.unary is not None else self._stream
         self._task = self.server.loop.create_task(run(method, call))
 
+    def called_off(self) -> None:
+        """The server is told that the caller no longer waits."""
+        self._end()
+
     def hang_up(self) -> None:
-        """The server sees that the caller has gone."""
+        """The server sees that the connection to the caller is gone."""
+        if self._call is not None:
+            self._call.is_lost = True
+        self._end()
+
+    def _end(self) -> None:
         self._hung_up = True
         self.server.exchanges.pop(self, None)
         if self._task is not None:

@@ -481,6 +481,27 @@ async def test_usage_that_is_not_reported_is_estimated_on_the_high_side(tmp_path
     assert operation.cost == 11 * 1000 + answer.usage.output_token_count * 2000
 
 
+async def test_what_a_lost_gateway_cut_off_is_booked_to_the_platform(tmp_path: Path, streaming: bool) -> None:
+    """Its caller got no answer from us, and asks again: it must not pay twice. Who leaves pays."""
+    for is_lost in (True, False):
+        async with world(tmp_path / str(is_lost), a=hangs) as made:
+            operation = (made.stream if streaming else made.operation)("a", input_count={"token_count": 11})
+            task: asyncio.Task[Any] = asyncio.create_task(operation.open_stream() if streaming else operation.complete())
+            await made.servers["a"].asked.wait()
+            operation._call.is_lost = is_lost
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            [settled] = await made.settled()
+        assert settled.cost_nano_usd == 11 * 1000
+        assert settled.is_final
+        payer, outcome = (
+            (metering_service_pb2.PAYER_PLATFORM, receipt_pb2.ATTEMPT_OUTCOME_LOST)
+            if is_lost
+            else (metering_service_pb2.PAYER_UNSPECIFIED, receipt_pb2.ATTEMPT_OUTCOME_CANCELLED)
+        )
+        assert (settled.payer, settled.outcome) == (payer, outcome)
+
+
 async def test_a_stream_that_keeps_to_its_limit_is_charged_what_its_provider_reports(tmp_path: Path) -> None:
     """Each frame comes alone, and the last ones are shorter than those with text; that says nothing of how many tokens there were."""
     words = [" internationalization" if number % 3 == 0 else " a" for number in range(50)]

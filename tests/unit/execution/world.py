@@ -16,6 +16,7 @@ from services.execution.counts import Counts
 from services.execution.provider import Provider
 from services.execution.spool import Spool
 from services.execution.targets import Targets
+from services.runtime.call import Call
 from services.runtime.errors import Failure
 from sluice.execution.v1 import execution_service_pb2 as pb2
 from sluice.inference.v1 import receipt_pb2
@@ -102,7 +103,7 @@ class World:
             self.targets,
             self.spool,
             self.reports.append,
-            now() + seconds,
+            Call("/sluice.execution.v1.ExecutionService/Complete", now() + seconds),
             now,
             self.counts.count,
             self.counts.later,

@@ -16,7 +16,7 @@ from services.gateway.events import Opened
 from services.gateway.operations import OperationIds, moment_of
 from services.gateway.owners import PASSED_ON, Owners
 from services.gateway.service import InferenceService
-from services.runtime.call import Caller, CallerKind
+from services.runtime.call import Call, Caller, CallerKind
 from services.runtime.dispatch import Binding, build_table
 from services.runtime.errors import Failure, Reason, unavailable
 from services.runtime.inproc import InprocChannel
@@ -268,6 +268,38 @@ async def test_a_stream_that_has_begun_is_not_begun_again_when_its_owner_is_lost
         await anext(stream)
     assert (lost.value.reason, lost.value.metadata["dependency"]) == (Reason.DEPENDENCY_UNAVAILABLE, "gateway")
     assert mesh.calls("StreamComplete") == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_an_operation_outlives_the_gateway_that_passed_it_on(streaming: bool) -> None:
+    """Its caller has not left: it asks another gateway, and gets the answer of the same operation."""
+    mesh = Mesh()
+    owner = mesh.worlds[mesh.owner("r1")]
+    gate = asyncio.Event()
+    owner.execution.gate = gate
+    passed = Call("Generate", owner.soon())
+
+    async def stream() -> None:
+        async for _ in owner.core.stream(
+            PRINCIPAL, generate(request_id="r1"), accepted_wire=0, deadline=owner.soon(), passed_on=passed
+        ):
+            pass
+
+    work: Any = (
+        stream()
+        if streaming
+        else owner.core.generate(PRINCIPAL, generate(request_id="r1"), deadline=owner.soon(), passed_on=passed)
+    )
+    call = asyncio.create_task(work)
+    await until(lambda: owner.execution.calls)
+    passed.is_lost = True
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    gate.set()
+    completion = await mesh.others("r1")[0].generate(generate(request_id="r1"))
+    assert completion.operation_id
+    assert owner.execution.cancelled_count == 0
+    assert mesh.calls("Complete") + mesh.calls("StreamComplete") == 1
 
 
 async def test_what_fails_at_the_owner_fails_for_its_caller_and_is_not_run_elsewhere() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -58,10 +59,28 @@ async def test_a_lease_is_granted_extended_and_returned(store: Store, clock: Clo
     assert await held(store) == 200
     await leases.give_back(first.lease_id, 200)
     assert await held(store) == 200
-    # What still runs is given the grace from the return on.
-    assert await store.expire(clock.time + 119) == 0
-    assert await store.expire(clock.time + 120) == 1
+    # What is settled still has a moment from the return on.
+    assert await store.expire(clock.time + 14) == 0
+    assert await store.expire(clock.time + 15) == 1
     assert await held(store) == 0
+
+
+async def test_the_money_of_a_replica_that_was_started_again_is_free_once_what_it_had_is_settled(
+    store: Store, clock: Clock
+) -> None:
+    await accounts(store, budget=10_000)
+    leases = leasing(store, clock)
+    lost = await leases.acquire(replace(wish(nano_usd=1000), replica_id="gateway-2.before"))
+    other = await leases.acquire(replace(wish(nano_usd=300), replica_id="gateway-3.first"))
+    assert await held(store) == 1300
+    await leases.acquire(replace(wish(nano_usd=500), replica_id="gateway-2.after"))
+    assert await held(store) == 1800
+    assert await store.expire(clock.time + 14) == 0
+    # A settlement of what was cut off there comes in time.
+    await store.post([examples.settlement("op-1/1", amount=400, lease_id=lost.lease_id)])
+    assert await store.expire(clock.time + 15) == 1
+    assert await held(store) == 800
+    assert other.lease_id != lost.lease_id
 
 
 async def test_the_money_of_a_lease_that_nobody_extends_stays_for_the_grace(store: Store, clock: Clock) -> None:

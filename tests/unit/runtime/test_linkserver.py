@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import pytest
 
 from services.runtime.errors import Reason
 from services.runtime.status import failure_from_status
 from sluice.link.v1 import link_service_pb2
-from sluice.link.v1.link_service_pb2 import CallFrame, Credit, ExchangeRequest, Open
+from sluice.link.v1.link_service_pb2 import CallFrame, Cancel, Credit, ExchangeRequest, Open
 from sluice.link.v1.link_service_pb2_grpc import LinkServiceStub
 from tests.unit.runtime.fakes import IDENTITY, TOKENIZATION, Running, eventually, serve
 
@@ -92,6 +93,19 @@ async def test_a_lost_link_cancels_what_it_had_begun() -> None:
         await asyncio.wait_for(running.script.begun.wait(), 5)
         call.cancel()
         await asyncio.wait_for(running.script.cancelled.wait(), 5)
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+async def test_a_call_knows_whether_its_link_was_lost_or_its_caller_has_left(is_lost: bool) -> None:
+    async with exchange() as (call, running):
+        await call.write(ExchangeRequest(frames=[opened(1, f"/{TOKENIZATION}/CountTexts", request=b"\x0a\x05sleep")]))
+        await asyncio.wait_for(running.script.begun.wait(), 5)
+        if is_lost:
+            call.cancel()
+        else:
+            await call.write(ExchangeRequest(frames=[CallFrame(call_id=1, cancel=Cancel())]))
+        await asyncio.wait_for(running.script.cancelled.wait(), 5)
+        assert running.script.calls[-1].is_lost is is_lost
 
 
 async def test_an_answer_that_cannot_be_sent_is_internal() -> None:
