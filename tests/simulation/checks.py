@@ -36,6 +36,9 @@ def at_commit(world: World) -> None:
         beyond = _beyond_holds(world, name)
         if spent + held > budget + beyond:
             world.wrong(f"{name} has a budget of {budget}, {spent} spent, {held} held, and {beyond} beyond holds")
+    for process in world.processes.values():
+        if isinstance(process, Gateway):
+            _free_money(world, process)
 
 
 def _beyond_holds(world: World, account: str) -> int:
@@ -74,6 +77,7 @@ def when_quiet(world: World) -> None:
                 world.wrong(f"{process.node.name} has {process.spool.backlog} settlements that are not posted")
         elif isinstance(process, Gateway):
             _leases(world, process)
+            _free_money(world, process)
     _holds(world)
     posted = {entry.attempt_id for entry in _entries(world)}
     for attempt in world.records.starts:
@@ -91,6 +95,12 @@ def _leases(world: World, gateway: Gateway) -> None:
                 world.wrong(
                     f"{gateway.node.name}: the lease of {lease.key_id} has {what} {getattr(lease, what)} and nothing runs"
                 )
+
+
+def _free_money(world: World, gateway: Gateway) -> None:
+    """No gateway may spend what the ledger doesn't hold for it: the ledger learns later than a gateway what was spent or returned, and
+    earlier what is granted."""
+    for lease in gateway.leases._leases.values():
         if not lease.lease_id or lease.is_unlimited_money() or world.universe.now >= lease.expires:
             continue
         row = world.connection.execute("SELECT outstanding FROM leases WHERE id = ?", (lease.lease_id,)).fetchone()
