@@ -116,6 +116,8 @@ class _Attempt:
         moment = record.start_time
         moment.seconds, moment.nanos = divmod(began, _BILLION)
         record.task_type = billing.task_type
+        if billing.request_key:
+            record.request_key = billing.request_key
         record.attempt_number = number
         count = operation.input_count
         if count:

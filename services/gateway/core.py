@@ -187,7 +187,7 @@ class Core:
             request.request_id,
             request,
             "generate",
-            lambda: self._generate(principal, request, deadline, forward),
+            lambda key: self._generate(principal, request, deadline, forward, key),
             deadline,
             _loss_of(passed_on),
         )
@@ -236,7 +236,7 @@ class Core:
             request.request_id,
             request,
             "embed",
-            lambda: self._embed(principal, request, deadline, forward),
+            lambda key: self._embed(principal, request, deadline, forward, key),
             deadline,
             _loss_of(passed_on),
         )
@@ -341,9 +341,14 @@ class Core:
     # The hot path
 
     async def _generate(
-        self, principal: Principal, request: inference_service_pb2.GenerateRequest, deadline: float, forward: Metadata
+        self,
+        principal: Principal,
+        request: inference_service_pb2.GenerateRequest,
+        deadline: float,
+        forward: Metadata,
+        request_key: bytes = b"",
     ) -> Completion:
-        facts = self._facts(principal, request, "generate")
+        facts = self._facts(principal, request, "generate", request_key)
         self._enter()
         try:
             if not await self._prepare(facts, deadline, forward, streaming=False):
@@ -381,8 +386,9 @@ class Core:
         accepted_wire: int,
         deadline: float,
         forward: Metadata,
+        request_key: bytes = b"",
     ) -> AsyncGenerator[StreamEvent, None]:
-        facts = self._facts(principal, request, "stream")
+        facts = self._facts(principal, request, "stream", request_key)
         self._enter()
         entered = True
         try:
@@ -468,7 +474,7 @@ class Core:
             request,
             "generate",
             accepted_wire,
-            lambda: self._stream(principal, request, accepted_wire, deadline, forward),
+            lambda key: self._stream(principal, request, accepted_wire, deadline, forward, key),
             _weigh,
             deadline,
             _loss_of(passed_on),
@@ -805,10 +811,12 @@ class Core:
 
     # Beginning and end of an operation
 
-    def _facts(self, principal: Principal, request: inference_service_pb2.GenerateRequest, kind: str) -> Facts:
+    def _facts(
+        self, principal: Principal, request: inference_service_pb2.GenerateRequest, kind: str, request_key: bytes = b""
+    ) -> Facts:
         if self._draining:
             raise Failure(Reason.DRAINING, "this replica is going down; send the request again", retry_delay=1.0)
-        return Facts(self._ids.create(), principal, request, kind, time.time_ns(), time.monotonic_ns())
+        return Facts(self._ids.create(), principal, request, kind, time.time_ns(), time.monotonic_ns(), request_key)
 
     def _enter(self) -> None:
         self._under_way += 1
@@ -887,7 +895,12 @@ class Core:
     # Embeddings
 
     async def _embed(
-        self, principal: Principal, request: inference_service_pb2.EmbedRequest, deadline: float, forward: Metadata
+        self,
+        principal: Principal,
+        request: inference_service_pb2.EmbedRequest,
+        deadline: float,
+        forward: Metadata,
+        request_key: bytes = b"",
     ) -> inference_service_pb2.EmbedResponse:
         # The facts of an embedding are those of a request without a conversation.
         facts = self._facts(
@@ -896,6 +909,7 @@ class Core:
                 request_id=request.request_id, metadata=request.metadata, end_user=request.end_user
             ),
             "embed",
+            request_key,
         )
         facts.cache_status = receipt_pb2.CACHE_STATUS_BYPASS
         facts.cache_reason = "embeddings are not cached"

@@ -45,9 +45,12 @@ def fill_request(
             for candidate in plan.messages:
                 message.candidates.add().CopyFrom(candidate)
             fill_billing(message.billing, facts)
+            message.billing.ClearField("request_key")
             template = plan.templates[kind] = (facts.principal, lease.lease_id, message)
         request.CopyFrom(template[2])
         request.billing.hold_nano_usd = facts.hold
+        if facts.request_key:
+            request.billing.request_key = facts.request_key
     else:
         request.candidates.extend([candidate.message for candidate in facts.candidates])
         fill_billing(request.billing, facts)
@@ -92,6 +95,7 @@ def fill_billing(billing: execution_service_pb2.Billing, facts: Facts) -> None:
     billing.key_id = principal.key_id
     billing.hold_nano_usd = facts.hold
     billing.task_type = plan.task_type
+    billing.request_key = facts.request_key
     if facts.hold_id:
         billing.hold_id = facts.hold_id
     else:

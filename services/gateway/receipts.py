@@ -21,7 +21,7 @@ class Facts:
     __slots__ = (
         "answer", "attempt_count", "attempts", "budget_before", "budget_level", "cache_reason", "cache_status", "candidates", "cost", "degradations",
         "end_ns", "first_byte_ns", "generation", "hold", "hold_id", "input_count", "is_cost_unknown", "is_hit", "is_uncounted", "kind", "lease", "lookup", "lookup_ns",
-        "max_output", "operation_id", "plan", "price_version", "principal", "receive_ns", "request", "saved", "shape", "start",
+        "max_output", "operation_id", "plan", "price_version", "principal", "receive_ns", "request", "request_key", "saved", "shape", "start",
         "taken_tokens", "window_rejections",
     )  # fmt: skip
 
@@ -33,6 +33,7 @@ class Facts:
         kind: str,
         receive_ns: int,
         start: int,
+        request_key: bytes = b"",
     ) -> None:
         self.operation_id = operation_id
         self.principal = principal
@@ -43,6 +44,8 @@ class Facts:
         """Unix time of arrival."""
         self.start = start
         """Monotonic time of arrival."""
+        self.request_key = request_key
+        """What its request id stands for, as in Settlement; empty: it has none."""
         self.first_byte_ns = 0
         self.end_ns = 0
         self.shape: Shape | None = None

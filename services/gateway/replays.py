@@ -52,6 +52,12 @@ def key_of(scope: str, request_id: str) -> str:
     return sha256(f"{len(scope)}\0{scope}\0{request_id}".encode()).hexdigest()
 
 
+def request_key_of(key: str, fingerprint: bytes) -> bytes:
+    """What the ledger knows the request by, 16 bytes. Another body under the same id is another request to it: where answers are kept
+    it is refused before, and where they are lost it must be paid for."""
+    return sha256(key.encode() + fingerprint).digest()[:16]
+
+
 def record_of(fingerprint: bytes, result: Answered) -> bytes:
     """What is kept of a finished request."""
     if isinstance(result, Completion):

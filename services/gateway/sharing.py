@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 
 from services.gateway.operations import Requests, Shared, fingerprint
 from services.gateway.receipts import Completion
-from services.gateway.replays import Answered, Replays, key_of, record_of, result_of
+from services.gateway.replays import Answered, Replays, key_of, record_of, request_key_of, result_of
 from services.runtime.errors import Failure, Reason, deadline_exceeded
 
 Weigh = Callable[[Any], int]
@@ -40,17 +40,18 @@ class Sharing:
         request_id: str,
         body: Message,
         kind: str,
-        work: Callable[[], Coroutine[Any, Any, Answered]],
+        work: Callable[[bytes], Coroutine[Any, Any, Answered]],
         deadline: float,
         is_lost: Callable[[], bool],
     ) -> Answered:
-        """What the operation of this request id results in; `work` is run when there is none yet.
+        """What the operation of this request id results in; `work` is run when there is none yet, with the key that the ledger knows the
+        request by.
 
         Failure REQUEST_ID_REUSED when the id was used with another body, DEADLINE_EXCEEDED at `deadline`, when the operation goes on for
         those who still wait, or the operation's own. `is_lost`: whether the caller has not left but the gateway that passed it on is gone;
         then the operation goes on for its caller's repetition.
         """
-        shared, _ = self._find_or_begin(tenant_id, request_id, body, kind, lambda _: work())
+        shared, _ = self._find_or_begin(tenant_id, request_id, body, kind, lambda _, request_key: work(request_key))
         with _waiting(shared, is_lost):
             while not shared.is_done():
                 await _change(shared, deadline)
@@ -63,7 +64,7 @@ class Sharing:
         body: Message,
         kind: str,
         wire: int,
-        work: Callable[[], AsyncGenerator[Any, None]],
+        work: Callable[[bytes], AsyncGenerator[Any, None]],
         weigh: Weigh,
         deadline: float,
         is_lost: Callable[[], bool],
@@ -72,8 +73,8 @@ class Sharing:
         format `wire` from the first one on. Failures as in `run`.
         """
 
-        async def pump(shared: Shared[Answered]) -> Answered:
-            async with contextlib.aclosing(work()) as events:
+        async def pump(shared: Shared[Answered], request_key: bytes) -> Answered:
+            async with contextlib.aclosing(work(request_key)) as events:
                 async for event in events:
                     if isinstance(event, Completion):
                         return event
@@ -107,7 +108,7 @@ class Sharing:
         request_id: str,
         body: Message,
         kind: str,
-        work: Callable[[Shared[Answered]], Coroutine[Any, Any, Answered]],
+        work: Callable[[Shared[Answered], bytes], Coroutine[Any, Any, Answered]],
     ) -> tuple[Shared[Answered], bool]:
         mark = _mark(kind, body)
         requests = self._requests
@@ -126,7 +127,7 @@ class Sharing:
                 if found is not None:
                     result = found
                 else:
-                    result = await work(shared)
+                    result = await work(shared, request_key_of(key, mark))
                     # Before anybody gets its end.
                     await self._replays.keep(key, record_of(mark, result))
                 size = result.answer.ByteSize() if isinstance(result, Completion) else result.ByteSize()

@@ -15,6 +15,7 @@ from services.metering.accounts import Level, Payer
 from services.metering.errors import BudgetExhausted, Exists, NotFound, StoreUnavailable
 from services.metering.ledger import (
     PLATFORM,
+    REQUEST_SECONDS,
     Entry,
     Head,
     Hold,
@@ -23,6 +24,8 @@ from services.metering.ledger import (
     Settlement,
     Slice,
     chained,
+    charged_once,
+    claims,
 )
 
 _LEVELS: Final = (Level.KEY.value, Level.PROJECT.value, Level.TENANT.value)
@@ -58,6 +61,7 @@ class Wanted:
     hold_ids: set[str] = field(default_factory=set)
     lease_ids: set[str] = field(default_factory=set)
     attempt_ids: set[str] = field(default_factory=set)
+    request_keys: set[bytes] = field(default_factory=set)
     due: float | None = None
     """Also reservations whose time is over then."""
 
@@ -72,6 +76,7 @@ class Books:
         holds: Sequence[Hold],
         leases: dict[str, Lease],
         posted: set[str],
+        owners: dict[bytes, str],
     ) -> None:
         self.head = head
         self.accounts = accounts
@@ -79,6 +84,10 @@ class Books:
         self.leases = leases
         self._by_operation = {hold.operation_id: hold.id for hold in holds}
         self._posted = posted
+        self._owners = owners
+        """The operations that were charged for requests, by the requests' keys."""
+        self.claims: list[tuple[bytes, str, float]] = []
+        """New in that: key, operation, and until when (Unix seconds)."""
         self.changed_accounts: set[str] = set()
         self.changed_holds: set[str] = set()
         self.changed_leases: set[str] = set()
@@ -155,6 +164,8 @@ class Books:
         spent: dict[str, int] = {}
         known = self._posted
         ids: set[str] = set()
+        owners = {key: owner for s in settlements if (key := s.request_key) and (owner := self._owners.get(key)) is not None}
+        claimed: list[tuple[bytes, str, float]] = []
         for settlement in settlements:
             entry = settlement.entry
             if entry.attempt_id in known or entry.attempt_id in ids:
@@ -162,6 +173,13 @@ class Books:
                 continue
             ids.add(entry.attempt_id)
             states.append(PostState.POSTED)
+            key = settlement.request_key
+            if key:
+                entry = charged_once(settlement, owners.get(key))
+                if key not in owners and claims(settlement):
+                    owners[key] = entry.operation_id
+                    claimed.append((key, entry.operation_id, entry.post_micros / 1e6 + REQUEST_SECONDS))
+                settlement = settlement._replace(entry=entry)
             fresh.append(settlement)
             if entry.amount and entry.debit != PLATFORM:
                 for name in Payer(entry.tenant_id, entry.project_id, entry.key_id).accounts:
@@ -171,6 +189,8 @@ class Books:
             if amount + (account.spent if account is not None else 0) > _MOST:
                 raise StoreUnavailable
         known |= ids
+        self._owners |= owners
+        self.claims += claimed
         for name, amount in spent.items():
             self.accounts.setdefault(name, Account()).spent += amount
             self.changed_accounts.add(name)
@@ -352,8 +372,10 @@ class Post(Operation):
 
     def wants(self, wanted: Wanted) -> None:
         """See Operation."""
-        for entry, lease_id, hold_id, is_final in self.settlements:
+        for entry, lease_id, hold_id, is_final, request_key in self.settlements:
             wanted.attempt_ids.add(entry.attempt_id)
+            if request_key:
+                wanted.request_keys.add(request_key)
             if entry.amount and entry.debit != PLATFORM:
                 wanted.payers.add(Payer(entry.tenant_id, entry.project_id, entry.key_id))
                 if lease_id:

@@ -10,6 +10,8 @@ from typing import Final, NamedTuple
 from services.metering.accounts import Payer
 
 PLATFORM: Final = "platform"
+SUCCEEDED: Final = 1
+"""Outcome of an attempt that answered, as entries have it."""
 GENESIS: Final = bytes(16)
 """What the first entry's hash follows."""
 
@@ -44,7 +46,7 @@ class Entry(NamedTuple):
     cache_status: int
     attempt_number: int
     flags: str
-    """Comma-separated: `cost_mismatch`, `price_unknown`."""
+    """Comma-separated: `cost_mismatch`, `price_unknown`, `repeated`."""
     post_micros: int
 
 
@@ -58,6 +60,30 @@ class Settlement(NamedTuple):
     lease_id: str
     hold_id: str
     is_final: bool
+    request_key: bytes
+    """What the caller's request id stands for; empty: it gave none."""
+
+
+REQUEST_SECONDS: Final = 24 * 3600.0
+"""For so long a request key stands for one request, as long as its answer is kept for; after that it is a new one."""
+
+
+def charged_once(settlement: Settlement, owner: str | None) -> Entry:
+    """The entry to post when the operation `owner` is the one that is charged for the settlement's request; None: none yet.
+
+    A request that was answered and charged is run again only where a crash of ours lost the answer before it was kept. Its caller asked
+    for one.
+    """
+    entry = settlement.entry
+    if owner is None or owner == entry.operation_id or entry.debit == PLATFORM:
+        return entry
+    return entry._replace(debit=PLATFORM, flags=f"{entry.flags},repeated" if entry.flags else "repeated")
+
+
+def claims(settlement: Settlement) -> bool:
+    """Whether the settlement makes its operation the one that is charged for its request, where none is yet."""
+    entry = settlement.entry
+    return bool(settlement.request_key) and entry.outcome == SUCCEEDED and entry.debit != PLATFORM
 
 
 def chained(previous: bytes, entry: Entry) -> bytes:

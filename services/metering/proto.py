@@ -38,6 +38,7 @@ _KINDS: Final = MappingProxyType(
 _MAX_AMOUNT: Final = 1 << 60
 _MAX_COUNT: Final = 1 << 40
 """Of tokens and pictures of one attempt. Far above any, and low enough that sums over all of them fit an int64."""
+_REQUEST_KEY_BYTES: Final = 16
 _MAX_ID: Final = 256
 _MIN_SECONDS: Final = -62_135_596_800
 _MAX_SECONDS: Final = 253_402_300_799
@@ -168,7 +169,10 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
         flags,
         now_micros,
     )
-    return Settlement(entry, message.lease_id, message.hold_id, message.is_final)
+    request_key = message.request_key
+    if request_key and len(request_key) != _REQUEST_KEY_BYTES:
+        raise invalid("request_key", f"must be empty or have {_REQUEST_KEY_BYTES} bytes, got {len(request_key)}")
+    return Settlement(entry, message.lease_id, message.hold_id, message.is_final, request_key)
 
 
 def grant_to_proto(grant: Grant) -> metering_service_pb2.AcquireLeaseResponse:

@@ -146,17 +146,33 @@ def at_the_end(world: World, *, expired: bool = True) -> None:
     for attempt in sorted(bill.keys() - starts.keys()):
         world.wrong(f"the provider bills {attempt}, whose start was not recorded")
     for attempt, entry in attempts.items():
-        if (entry.outcome == _LOST) != (entry.debit == PLATFORM):
+        is_repeated = entry.flags == "repeated"
+        if (entry.outcome == _LOST or is_repeated) != (entry.debit == PLATFORM):
             world.wrong(f"attempt {attempt} has outcome {entry.outcome} and is charged to {entry.debit}")
-        if entry.flags:
+        if entry.flags and not is_repeated:
             world.wrong(f"attempt {attempt} is flagged {entry.flags}")
         if entry.outcome == _SUCCEEDED and entry.amount != bill.get(attempt, 0) and attempt not in world.vendor.crossed:
             world.wrong(f"attempt {attempt} succeeded, costs {entry.amount}, and the provider bills {bill.get(attempt, 0)}")
+    _requests(world, attempts)
     _answers(world, attempts)
     if expired:
         for name, held in world.connection.execute("SELECT name, held FROM accounts WHERE held != 0").fetchall():
             world.wrong(f"{name} still holds {held}")
     at_commit(world)
+
+
+def _requests(world: World, attempts: dict[str, Entry]) -> None:
+    """Of a request that was run more than once, one run that answered is charged."""
+    charged: dict[bytes, set[str]] = defaultdict(set)
+    for attempt, record in world.records.starts.items():
+        entry = attempts.get(attempt)
+        if record.request_key and entry is not None and entry.outcome == _SUCCEEDED:
+            runs = charged[record.request_key]
+            if entry.debit != PLATFORM:
+                runs.add(entry.operation_id)
+    for runs in charged.values():
+        if len(runs) != 1:
+            world.wrong(f"of the runs of one request {sorted(runs)} are charged")
 
 
 def _answers(world: World, attempts: dict[str, Entry]) -> None:
@@ -173,12 +189,13 @@ def _answers(world: World, attempts: dict[str, Entry]) -> None:
         if any(attempt.startswith(f"{operation}/") for attempt in world.disk.lost):
             # What the power may take is looked at by itself.
             continue
-        charged = sum(entry.amount for entry in mine if entry.debit != PLATFORM)
+        # A repetition of what had been charged and whose answer a crash had lost says what it cost, and the platform pays.
+        charged = sum(entry.amount for entry in mine if entry.debit != PLATFORM or entry.flags == "repeated")
         if charged != answered.cost:
             world.wrong(f"{answered.caller} was told that {operation} costs {answered.cost}, it is charged {charged}")
         for entry in mine:
             billed = world.vendor.bill.get(entry.attempt_id, 0)
-            if entry.debit == PLATFORM:
+            if entry.debit == PLATFORM and entry.flags != "repeated":
                 world.wrong(f"{answered.caller} has its answer, and attempt {entry.attempt_id} is booked to the platform")
             elif entry.amount != billed and entry.attempt_id not in world.vendor.crossed:
                 world.wrong(f"{operation} was answered, {entry.attempt_id} costs {entry.amount}, the provider bills {billed}")

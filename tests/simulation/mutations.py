@@ -156,6 +156,11 @@ def lost_attempts_are_charged(world: World) -> contextlib.AbstractContextManager
     return mock.patch.object(Spool, "open", opened)
 
 
+def each_run_is_charged(world: World) -> contextlib.AbstractContextManager[Any]:
+    """A request that is run again, since its answer was lost, is charged again."""
+    return mock.patch.object(sqlite, "charged_once", lambda settlement, owner: settlement.entry)
+
+
 @contextlib.contextmanager
 def _both(*patches: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
@@ -177,4 +182,5 @@ MUTATIONS: Final[tuple[Plant, ...]] = (
     check_then_act,
     lost_attempts_are_forgotten,
     lost_attempts_are_charged,
+    each_run_is_charged,
 )

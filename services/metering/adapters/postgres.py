@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -119,6 +119,10 @@ _READ_DUE_LEASES: Final = f"SELECT {_LEASE_NAMES} FROM leases WHERE expire_time 
 _READ_ACCOUNTS: Final = "SELECT name, budget, spent, held FROM accounts WHERE name = ANY($1::text[])"
 _READ_HEAD: Final = "SELECT sequence, hash FROM journal ORDER BY sequence DESC LIMIT 1"
 _READ_POSTED: Final = "SELECT attempt_id FROM journal WHERE attempt_id = ANY($1::text[])"
+_READ_OWNERS: Final = "SELECT key, operation_id FROM requests WHERE key = ANY($1::bytea[])"
+_CLAIM: Final = "INSERT INTO requests SELECT * FROM unnest($1::bytea[], $2::text[], $3::float8[])"
+_IS_FORGOTTEN: Final = "SELECT EXISTS (SELECT 1 FROM requests WHERE expire_time <= $1::float8)"
+_FORGET: Final = "DELETE FROM requests WHERE key IN (SELECT key FROM requests WHERE expire_time <= $1::float8 LIMIT 10000)"
 _IS_DUE: Final = (
     "SELECT EXISTS (SELECT 1 FROM holds WHERE state = 'open' AND expire_time <= $1::float8) "
     "OR EXISTS (SELECT 1 FROM leases WHERE expire_time <= $1::float8)"
@@ -492,6 +496,8 @@ class PostgresStore:
 
     async def expire(self, now: float) -> int:
         """See Store."""
+        if await self._found(lambda c: _scalar(c, _IS_FORGOTTEN, now)):
+            await self._changed(lambda c: c.exec_driver_sql(_FORGET, (now,)))
         due = await self._found(lambda c: _scalar(c, _IS_DUE, now))
         if not due:
             return 0
@@ -615,7 +621,11 @@ async def _read(c: AsyncConnection, wanted: Wanted) -> Books:
     if wanted.attempt_ids:
         head = await _head(c)
         posted = {row[0] for row in await c.exec_driver_sql(_READ_POSTED, (list(wanted.attempt_ids),))}
-    return Books(head, accounts, holds, leases, posted)
+    owners: dict[bytes, str] = {}
+    if wanted.request_keys:
+        rows: Iterable[Row] = await c.exec_driver_sql(_READ_OWNERS, (list(wanted.request_keys),))
+        owners = {row[0]: row[1] for row in rows}
+    return Books(head, accounts, holds, leases, posted, owners)
 
 
 async def _write(c: AsyncConnection, books: Books) -> None:
@@ -631,6 +641,8 @@ async def _write(c: AsyncConnection, books: Books) -> None:
     values: list[Any] = [*_columns(accounts, 3), *_columns(holds, 10), *_columns(leases, 7), ended]
     values += _columns(entries, len(Entry._fields) + 2)
     await c.exec_driver_sql(_WRITE, tuple(values))
+    if books.claims:
+        await c.exec_driver_sql(_CLAIM, tuple(_columns(books.claims, 3)))
 
 
 def _columns(rows: Sequence[Row], width: int) -> list[list[Any]]:

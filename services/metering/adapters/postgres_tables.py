@@ -119,6 +119,16 @@ LEASES: Final = Table(
     Index("leases_by_expiry", "expire_time"),
 )
 
+REQUESTS: Final = Table(
+    "requests",
+    METADATA,
+    Column("key", LargeBinary, primary_key=True),
+    _id("operation_id"),
+    Column("expire_time", Double, nullable=False),
+    Index("requests_by_expiry", "expire_time"),
+)
+"""The operation that was charged for a request. Not part of the chain: what it decides is, as the journal's entries."""
+
 _TEXTS: Final = ("debit", "credit", "model", "provider", "price_version", "flags")
 _IDS: Final = ("attempt_id", "operation_id", "tenant_id", "project_id", "key_id")
 _SMALL: Final = ("usage_source", "outcome", "error_reason", "task_type", "cache_status")

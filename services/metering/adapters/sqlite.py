@@ -37,6 +37,7 @@ from services.metering.errors import BudgetExhausted, Exists, MeteringError, Not
 from services.metering.ledger import (
     GENESIS,
     PLATFORM,
+    REQUEST_SECONDS,
     Entry,
     Head,
     Hold,
@@ -46,13 +47,17 @@ from services.metering.ledger import (
     Slice,
     Verdict,
     chained,
+    charged_once,
+    claims,
 )
 from services.metering.ports import Chain, Change, Posted, UsageFilter, UsageRow
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 FILE_NAME: Final = "ledger.db"
 _MOST_PER_COMMIT: Final = 512
 _VARIABLES: Final = 500
+_MOST_EXPIRED: Final = 10_000
+"""Request keys that one pass forgets, so that nobody waits long behind it."""
 _LEVELS: Final = (Level.KEY.value, Level.PROJECT.value, Level.TENANT.value)
 _ENTRY_COLUMNS: Final = ", ".join(Entry._fields)
 _LIMIT_FIELDS: Final = ("requests_per_minute", "tokens_per_minute", "concurrency")
@@ -89,6 +94,15 @@ CREATE TABLE leases (
   outstanding INTEGER NOT NULL, expire_time REAL NOT NULL, posted INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX leases_by_expiry ON leases (expire_time);
+"""
+
+_REQUESTS: Final = """
+-- The operation that was charged for a request. Not part of the chain: what it decides is, as the journal's entries.
+CREATE TABLE requests (key BLOB PRIMARY KEY, operation_id TEXT NOT NULL, expire_time REAL NOT NULL) STRICT, WITHOUT ROWID;
+CREATE INDEX requests_by_expiry ON requests (expire_time);
+"""
+
+_JOURNAL: Final = """
 CREATE TABLE journal (
   sequence INTEGER PRIMARY KEY, attempt_id TEXT NOT NULL UNIQUE, operation_id TEXT NOT NULL, debit TEXT NOT NULL, credit TEXT NOT NULL,
   amount INTEGER NOT NULL CHECK (amount >= 0), tenant_id TEXT NOT NULL, project_id TEXT NOT NULL, key_id TEXT NOT NULL,
@@ -107,6 +121,7 @@ CREATE TRIGGER journal_is_append_only_delete BEFORE DELETE ON journal BEGIN SELE
 _MIGRATIONS: Final = {
     # Attempts are found by their ids, which begin with the operation's: an index less to write for every attempt.
     1: "DROP INDEX journal_by_operation;",
+    2: _REQUESTS,
 }
 """What brings each older version to the next one."""
 
@@ -201,7 +216,7 @@ class SqliteStore:
                 f"the ledger has schema version {version} and this Sluice knows {SCHEMA_VERSION}; use a newer one"
             )
         if version == 0:
-            self._write.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+            self._write.executescript(f"BEGIN; {_SCHEMA} {_REQUESTS} {_JOURNAL} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
             return
         for old in range(version, SCHEMA_VERSION):
             self._write.executescript(f"BEGIN; {_MIGRATIONS[old]} PRAGMA user_version={old + 1}; COMMIT;")
@@ -571,13 +586,21 @@ class SqliteStore:
         leased: dict[str, int] = defaultdict(int)
         ended: list[str] = []
         head = self._head
-        for entry, lease_id, hold_id, is_final in settlements:
+        owners = _owners(c, [settlement.request_key for settlement in settlements if settlement.request_key])
+        claimed: list[tuple[bytes, str, float]] = []
+        for settlement in settlements:
+            entry, lease_id, hold_id, is_final, request_key = settlement
             attempt_id = entry.attempt_id
             if attempt_id in known:
                 states.append(PostState.DUPLICATE)
                 continue
             known.add(attempt_id)
             states.append(PostState.POSTED)
+            if request_key:
+                entry = charged_once(settlement, owners.get(request_key))
+                if request_key not in owners and claims(settlement):
+                    owners[request_key] = entry.operation_id
+                    claimed.append((request_key, entry.operation_id, entry.post_micros / 1e6 + REQUEST_SECONDS))
             head = chained(head, entry)
             values.extend(entry)
             values.append(head)
@@ -589,6 +612,8 @@ class SqliteStore:
             if hold_id and is_final:
                 ended.append(hold_id)
         _insert(c, values)
+        if claimed:
+            c.executemany("INSERT INTO requests VALUES (?, ?, ?)", claimed)
         for ids, amount in spent.items():
             first, second, third = Payer(*ids).accounts
             c.execute(
@@ -620,7 +645,7 @@ class SqliteStore:
         def due(c: sqlite3.Connection) -> bool:
             row = c.execute(
                 "SELECT EXISTS (SELECT 1 FROM holds WHERE state = 'open' AND expire_time <= ?1) "
-                "OR EXISTS (SELECT 1 FROM leases WHERE expire_time <= ?1)",
+                "OR EXISTS (SELECT 1 FROM leases WHERE expire_time <= ?1) OR EXISTS (SELECT 1 FROM requests WHERE expire_time <= ?1)",
                 (now,),
             ).fetchone()
             return bool(row[0])
@@ -633,6 +658,10 @@ class SqliteStore:
             for lease_id, tenant_id, project_id, key_id, outstanding, _, _ in leases:
                 _free(c, Payer(tenant_id, project_id, key_id), outstanding)
                 c.execute("DELETE FROM leases WHERE id = ?", (lease_id,))
+            c.execute(
+                "DELETE FROM requests WHERE key IN (SELECT key FROM requests WHERE expire_time <= ? LIMIT ?)",
+                (now, _MOST_EXPIRED),
+            )
             return len(holds) + len(leases)
 
         if not await self._found(due):
@@ -713,6 +742,16 @@ def _posted(c: sqlite3.Connection, attempt_ids: Sequence[str]) -> set[str]:
         marks = ", ".join("?" * len(part))
         known.update(row[0] for row in c.execute(f"SELECT attempt_id FROM journal WHERE attempt_id IN ({marks})", part))
     return known
+
+
+def _owners(c: sqlite3.Connection, keys: Sequence[bytes]) -> dict[bytes, str]:
+    """The operations that were charged for requests, by the requests' keys."""
+    owners: dict[bytes, str] = {}
+    for start in range(0, len(keys), _VARIABLES):
+        part = keys[start : start + _VARIABLES]
+        marks = ", ".join("?" * len(part))
+        owners.update(c.execute(f"SELECT key, operation_id FROM requests WHERE key IN ({marks})", part))
+    return owners
 
 
 def _guarded(operation: Callable[[sqlite3.Connection], T], connection: sqlite3.Connection) -> T:

@@ -57,6 +57,8 @@ def settlement(
     attempt_number: int = 1,
     usage_source: int = 1,
     start_micros: int = int(NOW * 1e6),
+    request_key: bytes = b"",
+    outcome: int = 1,
 ) -> Settlement:
     """A settlement of `attempt_id`, which is `<operation>/<n>`."""
     entry = Entry(
@@ -80,7 +82,7 @@ def settlement(
         price_version="v1",
         start_micros=start_micros,
         duration_micros=1500,
-        outcome=1,
+        outcome=outcome,
         error_reason=0,
         task_type=2,
         saved=saved,
@@ -89,4 +91,4 @@ def settlement(
         flags="",
         post_micros=start_micros + 2000,
     )
-    return Settlement(entry, lease_id, hold_id, final)
+    return Settlement(entry, lease_id, hold_id, final, request_key)

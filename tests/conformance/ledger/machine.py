@@ -57,6 +57,8 @@ class _Wish:
     hold: str
     final: bool
     platform: bool
+    request: bytes
+    outcome: int
 
 
 wishes = st.builds(
@@ -68,6 +70,8 @@ wishes = st.builds(
     hold=st.one_of(st.just(""), operations),
     final=st.booleans(),
     platform=st.booleans(),
+    request=st.sampled_from((b"", b"a" * 16, b"b" * 16)),
+    outcome=st.sampled_from((1, 1, 2)),
 )
 
 
@@ -88,6 +92,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self._leases: dict[str, _Lease] = {}
         self._journal: dict[str, int] = {}
         self._charged = 0
+        self._owners: dict[bytes, str] = {}
 
     def new_database(self, resources: contextlib.ExitStack) -> Database:
         """An empty database that `resources` removes."""
@@ -187,7 +192,11 @@ class LedgerMachine(RuleBasedStateMachine):
                 continue
             expected.append(PostState.POSTED)
             self._journal[wish.attempt] = wish.amount
-            if not wish.platform:
+            operation = wish.attempt.partition("/")[0]
+            is_charged = not wish.platform and self._owners.get(wish.request, operation) == operation
+            if is_charged and wish.request and wish.outcome == 1:
+                self._owners[wish.request] = operation
+            if is_charged:
                 self._charged += wish.amount
                 for name in wish.payer.accounts:
                     self._spent[name] += wish.amount
@@ -208,6 +217,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 lease_id=wish.lease,
                 hold_id=wish.hold and f"hold-{wish.hold}",
                 final=wish.final,
+                request_key=wish.request,
+                outcome=wish.outcome,
             )
             for wish in batch
         ]

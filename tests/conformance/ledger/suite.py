@@ -253,6 +253,47 @@ class LedgerSuite:
         verdict = await store.verify()
         assert (verdict.entries, verdict.debits, verdict.credits) == (1, 40, 40)
 
+    async def test_one_operation_of_a_request_is_charged_and_the_others_are_the_platforms(self, store: Store) -> None:
+        await prepare(store, tenant=1000)
+        mine, another = b"a" * 16, b"b" * 16
+        # Both in one call and in several: whichever answered first is charged, with all of its attempts.
+        await store.post(
+            [
+                settlement("op-1/1", amount=1, request_key=mine, outcome=2),
+                settlement("op-1/2", amount=20, request_key=mine),
+                settlement("op-2/1", amount=21, request_key=mine),
+            ]
+        )
+        held = await store.hold("op-3", PAYER, 100, 0, NOW + 60)
+        sent = [settlement("op-3/1", amount=22, request_key=mine, hold_id=held.id)]
+        assert await store.post(sent) == [PostState.POSTED]
+        assert await store.post(sent) == [PostState.DUPLICATE]
+        await store.post([settlement("op-4/1", amount=300, request_key=another), settlement("op-5/1", amount=400)])
+        await assert_balances(store, spent=721, held=0)
+        entries = {one.entry.attempt_id: one.entry for one in await store.entries("", "", None, 100)}
+        repeated = {name for name, entry in entries.items() if entry.flags == "repeated"}
+        assert repeated == {name for name, entry in entries.items() if entry.debit == "platform"} == {"op-2/1", "op-3/1"}
+
+    async def test_what_did_not_answer_leaves_the_charge_to_what_does(self, store: Store) -> None:
+        """Who leaves on purpose and asks again gets two pieces of work and pays for both."""
+        await prepare(store, tenant=1000)
+        request = b"a" * 16
+        await store.post([settlement("op-1/1", amount=5, request_key=request, outcome=3)])
+        await store.post([settlement("op-2/1", amount=6, request_key=request, debit="platform")])
+        await store.post([settlement("op-3/1", amount=7, request_key=request)])
+        await store.post([settlement("op-4/1", amount=8, request_key=request, outcome=3)])
+        await assert_balances(store, spent=12, held=0)
+
+    async def test_a_request_key_stands_for_its_request_for_a_day(self, store: Store) -> None:
+        await prepare(store, tenant=1000)
+        request, day = b"a" * 16, 24 * HOUR
+        await store.post([settlement("op-1/1", amount=1, request_key=request)])
+        await store.expire(NOW + day - 1)
+        await store.post([settlement("op-2/1", amount=2, request_key=request)])
+        await store.expire(NOW + day + 1)
+        await store.post([settlement("op-3/1", amount=4, request_key=request)])
+        await assert_balances(store, spent=5, held=0)
+
     async def test_a_settlement_of_an_account_that_nobody_made_is_kept_for_it(self, store: Store) -> None:
         await store.post([settlement("op-1/1", amount=9)])
         await prepare(store, tenant=10)

@@ -247,6 +247,18 @@ async def test_a_stale_connection_of_the_last_candidate_does_not_end_the_operati
     assert [(one.attempt_id, one.is_final) for one in settled] == [("second/1", False), ("second/2", True)]
 
 
+async def test_every_attempt_says_which_request_it_was_for(tmp_path: Path) -> None:
+    async with world(tmp_path, a=[resets, good]) as made:
+        await made.operation("a", "a", billing=billing(request_key=b"k" * 16)).complete()
+        await made.operation("a", operation_id="second").complete()
+        settled = await made.settled()
+    assert [(one.attempt_id, one.request_key) for one in settled] == [
+        ("op/1", b"k" * 16),
+        ("op/2", b"k" * 16),
+        ("second/1", b""),
+    ]
+
+
 async def test_the_deadline_is_spent_across_the_attempts(tmp_path: Path, streaming: bool) -> None:
     limit = Duration(nanos=100_000_000)
     plan = [candidate("a", attempt_timeout=limit), candidate("b", attempt_timeout=limit), candidate("c")]

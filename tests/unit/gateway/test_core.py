@@ -548,6 +548,25 @@ async def test_request_ids_belong_to_a_tenant() -> None:
     assert first.operation_id != second.operation_id
 
 
+async def test_execution_is_told_what_the_ledger_shall_charge_once() -> None:
+    """The same for a repetition at another gateway that finds no answer; another for another body, and none without a request id."""
+    keys: list[bytes] = []
+    for world in (World(), World()):
+        await world.generate(generate(request_id="r1"))
+        # The second uses the template that the first one's plan left.
+        await world.generate(generate())
+        await world.stream(generate(request_id="r2"))
+        keys += [request.billing.request_key for request in world.execution.asked("Complete")]
+        keys += [request.billing.request_key for request in world.execution.asked("StreamComplete")]
+    first, none, second = keys[:3]
+    assert keys[3:] == keys[:3]
+    assert (len(first), none, len(second)) == (16, b"", 16)
+    other = World()
+    await other.generate(generate("other", request_id="r1"))
+    (request,) = other.execution.asked("Complete")
+    assert request.billing.request_key not in (first, second, b"")
+
+
 async def test_a_failed_request_id_may_be_tried_again() -> None:
     world = World()
     world.execution.failures["Complete"] = Failure(Reason.ALL_CANDIDATES_FAILED, "all failed")

@@ -200,6 +200,14 @@ def test_values_out_of_bounds_are_refused(path: str, value: int, field: str) -> 
         entry_of(message)
 
 
+@pytest.mark.parametrize("size", [1, 15, 17, 64])
+def test_a_request_key_of_another_size_is_refused(size: int) -> None:
+    message = settlement("op-1/1", 5)
+    message.request_key = b"k" * size
+    with refused_field("request_key"):
+        entry_of(message)
+
+
 def test_limits_round_trip_absent_zero_and_unlimited() -> None:
     for limits in (Limits(), Limits(0, 0, 0, 0), Limits(5, -1, -1, -1), Limits(1 << 60, 1, 2, 3)):
         assert proto.limits_from_proto(proto.limits_to_proto(limits)) == limits

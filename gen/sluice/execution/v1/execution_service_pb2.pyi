@@ -417,6 +417,7 @@ class Billing(_message.Message):
     HOLD_ID_FIELD_NUMBER: _builtins.int
     HOLD_NANO_USD_FIELD_NUMBER: _builtins.int
     TASK_TYPE_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """Tenant that pays. Required."""
     project_id: _builtins.str
@@ -431,6 +432,8 @@ class Billing(_message.Message):
     """Reserved for this operation, nano-dollars."""
     task_type: _receipt_pb2.TaskType.ValueType
     """Task type, for usage reports."""
+    request_key: _builtins.bytes
+    """As in Settlement."""
     def __init__(
         self,
         *,
@@ -441,10 +444,11 @@ class Billing(_message.Message):
         hold_id: _builtins.str = ...,
         hold_nano_usd: _builtins.int = ...,
         task_type: _receipt_pb2.TaskType.ValueType = ...,
+        request_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_id", b"hold_id", "hold_nano_usd", b"hold_nano_usd", "key_id", b"key_id", "lease_id", b"lease_id", "project_id", b"project_id", "task_type", b"task_type", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_id", b"hold_id", "hold_nano_usd", b"hold_nano_usd", "key_id", b"key_id", "lease_id", b"lease_id", "project_id", b"project_id", "request_key", b"request_key", "task_type", b"task_type", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

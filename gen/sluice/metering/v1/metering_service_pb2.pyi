@@ -643,6 +643,7 @@ class Settlement(_message.Message):
     CACHE_STATUS_FIELD_NUMBER: _builtins.int
     PAYER_FIELD_NUMBER: _builtins.int
     ATTEMPT_NUMBER_FIELD_NUMBER: _builtins.int
+    REQUEST_KEY_FIELD_NUMBER: _builtins.int
     attempt_id: _builtins.str
     """The ledger's key: posted once. Required. `<operation>/<n>` for attempts, `<operation>/cache` for hits."""
     operation_id: _builtins.str
@@ -683,6 +684,10 @@ class Settlement(_message.Message):
     """Who is charged. UNSPECIFIED: the tenant."""
     attempt_number: _builtins.int
     """Which attempt of the operation this is, from 1; more than 1 is a fallback or a retry."""
+    request_key: _builtins.bytes
+    """What the caller's request id stands for, 16 bytes: its scope, the id and the body; empty: it gave none. Within 24 hours one
+    operation of a key is charged: once one that answered is posted, attempts of others are booked to the platform, marked `repeated`.
+    """
     @_builtins.property
     def usage(self) -> _answer_pb2.Usage:
         """Usage as billed."""
@@ -726,10 +731,11 @@ class Settlement(_message.Message):
         cache_status: _receipt_pb2.CacheStatus.ValueType = ...,
         payer: Global___Payer.ValueType = ...,
         attempt_number: _builtins.int = ...,
+        request_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "observed_usage", b"observed_usage", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "attempt_number", b"attempt_number", "cache_status", b"cache_status", "cost_nano_usd", b"cost_nano_usd", "duration", b"duration", "error_reason", b"error_reason", "hold_id", b"hold_id", "hold_nano_usd", b"hold_nano_usd", "is_final", b"is_final", "key_id", b"key_id", "lease_id", b"lease_id", "model", b"model", "observed_usage", b"observed_usage", "operation_id", b"operation_id", "outcome", b"outcome", "payer", b"payer", "price_version", b"price_version", "project_id", b"project_id", "provider", b"provider", "saved_nano_usd", b"saved_nano_usd", "start_time", b"start_time", "task_type", b"task_type", "tenant_id", b"tenant_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_id", b"attempt_id", "attempt_number", b"attempt_number", "cache_status", b"cache_status", "cost_nano_usd", b"cost_nano_usd", "duration", b"duration", "error_reason", b"error_reason", "hold_id", b"hold_id", "hold_nano_usd", b"hold_nano_usd", "is_final", b"is_final", "key_id", b"key_id", "lease_id", b"lease_id", "model", b"model", "observed_usage", b"observed_usage", "operation_id", b"operation_id", "outcome", b"outcome", "payer", b"payer", "price_version", b"price_version", "project_id", b"project_id", "provider", b"provider", "request_key", b"request_key", "saved_nano_usd", b"saved_nano_usd", "start_time", b"start_time", "task_type", b"task_type", "tenant_id", b"tenant_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

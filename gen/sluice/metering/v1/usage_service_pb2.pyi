@@ -325,7 +325,9 @@ class LedgerEntry(_message.Message):
 
     @_builtins.property
     def flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Marks: `price_unknown`, `cost_mismatch` (the cost isn't what the named price gives; it was charged as reported)."""
+        """Marks: `price_unknown`, `cost_mismatch` (the cost isn't what the named price gives; it was charged as reported), `repeated` (the
+        request had been answered and charged, and its answer was lost by us before its caller had it: booked to the platform).
+        """
 
     def __init__(
         self,
