@@ -28,7 +28,7 @@ from services.gateway.features import signals
 from services.gateway.holds import Prompt, Reckoning, clamp, reckon, worst_cost
 from services.gateway.identities import Identities
 from services.gateway.journal import Journal
-from services.gateway.leases import Leases
+from services.gateway.leases import Leases, Standing
 from services.gateway.needs import find_needs
 from services.gateway.operations import OperationIds, Requests
 from services.gateway.outcomes import Outcomes, Report
@@ -337,6 +337,10 @@ class Core:
         except TimeoutError:
             return False
         return True
+
+    def standings(self, principal: Principal) -> list[Standing]:
+        """The limits that apply to a key, as far as this gateway knows."""
+        return self._leases.standings(principal.key_id)
 
     # The hot path
 

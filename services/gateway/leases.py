@@ -46,6 +46,18 @@ class SliceSizes:
     nano_usd: int
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """The tightest limit of a kind, and what is left of it as far as this replica knows."""
+
+    kind: str
+    """`requests`, `tokens`, `concurrency`."""
+    limit: int
+    remaining: int
+    reset: float | None
+    """Seconds until all of it is there again; None: that doesn't depend on time."""
+
+
 class Lease:
     """The slices of one key at this replica. Fields are read by the hot path; only `Leases` changes them."""
 
@@ -157,6 +169,28 @@ class Leases:
         if not lease.wanted and (lease.requests < lease.low_requests or lease.tokens < lease.low_tokens or now >= lease.renews):
             self._want(lease)
         return lease
+
+    def standings(self, key_id: str) -> list[Standing]:
+        """What applies to a key; none without a lease."""
+        lease = self._leases.get(key_id)
+        if lease is None:
+            return []
+        found = []
+        passed = max(0.0, self._clock() - lease.granted)
+        for kind, rate, slice_left in (
+            ("requests", lease.request_limit, lease.requests),
+            ("tokens", lease.token_limit, lease.tokens),
+        ):
+            if rate is None or rate.limit <= 0:
+                continue
+            # What was left over all replicas at the last grant, what came since, and what this one was granted and hasn't used.
+            left = min(rate.limit, int(rate.remaining + passed * rate.limit / 60) + max(0, slice_left))
+            found.append(Standing(kind, rate.limit, left, (rate.limit - left) * 60 / rate.limit))
+        limit = lease.concurrency_limit
+        if limit is not None:
+            left = min(limit.limit, limit.remaining + lease.concurrency) - lease.in_flight
+            found.append(Standing("concurrency", limit.limit, max(0, left), None))
+        return found
 
     async def admit_waiting(self, key_id: str, tokens: int, timeout: float) -> Lease:
         """As `admit`, asking metering first. Failure RATE_LIMITED or CONCURRENCY_LIMITED with a retry delay, DEPENDENCY_UNAVAILABLE

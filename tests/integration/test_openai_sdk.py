@@ -13,6 +13,7 @@ from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolPara
 from pydantic import BaseModel
 
 from services.cli.demonstration import LOCAL_MODEL, SYSTEM
+from sluice.metering.v1 import tenancy_service_pb2
 from tests.running import Running
 
 ECHO = "echo/echo"
@@ -42,6 +43,32 @@ def turns(text: str) -> list[ChatCompletionMessageParam]:
 def scripted(**directives: Any) -> list[ChatCompletionMessageParam]:
     """A user turn that tells the echo provider what to do. A word of its own keeps it out of the cache."""
     return [{"role": "user", "content": f"{uuid.uuid4().hex} [[echo {json.dumps(directives)}]]"}]
+
+
+def test_limits_are_told_and_kept(mesh: Running) -> None:
+    key = tenancy_service_pb2.Key(
+        tenant_id="default",
+        project_id="default",
+        scopes=["inference"],
+        limits=tenancy_service_pb2.Limits(requests_per_minute=3, concurrency=7),
+    )
+    with mesh.client() as admin:
+        made = admin.tenancy.CreateKey(tenancy_service_pb2.CreateKeyRequest(key=key), timeout=10, metadata=admin.as_admin)
+    with openai.OpenAI(base_url=f"{mesh.ready.http}/v1", api_key=made.secret, max_retries=0, timeout=60) as client:
+        left = []
+        for streaming in (False, True, False):
+            raw = client.chat.completions.with_raw_response.create(model=ECHO, messages=scripted(), stream=streaming)
+            raw.parse()
+            left.append(int(raw.headers["x-ratelimit-remaining-requests"]))
+            assert (raw.headers["x-ratelimit-limit-requests"], raw.headers["x-ratelimit-limit-concurrency"]) == ("3", "7")
+            assert 0 < float(raw.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+        assert left == [2, 1, 0]
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model=ECHO, messages=scripted())
+    headers = caught.value.response.headers
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+    # A place is free again after a third of a minute.
+    assert 1 <= int(headers["retry-after"]) <= 20
 
 
 def test_a_chat_with_the_real_model(sdk: openai.OpenAI) -> None:

@@ -31,6 +31,7 @@ from services.gateway.edge.config import EdgeConfig
 from services.gateway.edge.errors import Dialect, EdgeError, error_body, error_event, error_head
 from services.gateway.edge.http1 import Exchange, Listener
 from services.gateway.edge.payload import RequestInvalid
+from services.gateway.edge.rates import rate_head
 from services.gateway.events import Opened
 from services.gateway.identities import digest_of
 from services.gateway.service import secret_of
@@ -68,13 +69,15 @@ Handler = Callable[[Exchange, "Visit"], Coroutine[Any, Any, None]]
 class Visit:
     """What is known of an exchange besides its bytes."""
 
-    __slots__ = ("dialect", "forward", "request_id", "span")
+    __slots__ = ("dialect", "forward", "principal", "request_id", "span")
 
     def __init__(self, dialect: Dialect, request_id: str, span: RequestSpan | None, forward: Metadata) -> None:
         self.dialect = dialect
         self.request_id = request_id
         self.span = span
         self.forward = forward
+        self.principal: Principal | None = None
+        """Who asks, once that is known and something is asked that is limited."""
 
 
 class Edge:
@@ -174,7 +177,10 @@ class Edge:
         if exchange.closed:
             return
         if not exchange.opened:
-            exchange.respond(error_head(failure, visit.request_id), error_body(failure, visit.dialect, visit.request_id))
+            head = error_head(failure, visit.request_id)
+            if visit.principal is not None:
+                head += rate_head(self._core.standings(visit.principal))
+            exchange.respond(head, error_body(failure, visit.dialect, visit.request_id))
             return
         exchange.send(error_event(failure, visit.dialect, visit.request_id))
         exchange.close()
@@ -257,7 +263,7 @@ class Edge:
         from_json: Callable[[bytes | bytearray], openai.ChatCall],
         to_json: Callable[[Completion, receipt_pb2.Receipt | None], bytes],
     ) -> None:
-        principal = self._known(exchange) or await self._authenticate(exchange)
+        principal = visit.principal = self._known(exchange) or await self._authenticate(exchange)
         _check_encoding(exchange)
         call = from_json(exchange.body)
         request = call.request
@@ -268,7 +274,7 @@ class Edge:
         completion = await self._core.generate(principal, request, deadline=deadline, forward=visit.forward)
         _annotate(visit, request, completion)
         body = to_json(completion, _wished_receipt(request, completion))
-        exchange.respond(_completed_head(completion, visit.request_id), body)
+        exchange.respond(_completed_head(completion, visit.request_id) + rate_head(self._core.standings(principal)), body)
 
     async def _stream(
         self, exchange: Exchange, visit: Visit, principal: Principal, call: openai.ChatCall, deadline: float
@@ -290,7 +296,7 @@ class Edge:
                         if is_openai
                         else anthropic.MessageStream(event)
                     )
-                    exchange.open(_opened_head(event, visit.request_id))
+                    exchange.open(_opened_head(event, visit.request_id) + rate_head(self._core.standings(principal)))
                     data = stream.begin()
                 elif isinstance(event, execution_service_pb2.DeltaBatch):
                     assert stream is not None, "the core opens first"
@@ -307,7 +313,7 @@ class Edge:
         exchange.close()
 
     async def _embed(self, exchange: Exchange, visit: Visit) -> None:
-        principal = self._known(exchange) or await self._authenticate(exchange)
+        principal = visit.principal = self._known(exchange) or await self._authenticate(exchange)
         _check_encoding(exchange)
         call = openai.embed_from_json(exchange.body)
         deadline = self._deadline(exchange, wishes.apply_to_embed(exchange.headers, call.request))
@@ -315,7 +321,9 @@ class Edge:
         head = b"%bx-sluice-operation-id: %b\r\nx-sluice-model: %b\r\nx-sluice-cost-nano-usd: %d\r\n" % (
             _json_head(visit.request_id), response.operation_id.encode(), response.model.encode(), response.cost_nano_usd,
         )  # fmt: skip
-        exchange.respond(head, openai.embed_to_json(response, is_base64=call.is_base64))
+        exchange.respond(
+            head + rate_head(self._core.standings(principal)), openai.embed_to_json(response, is_base64=call.is_base64)
+        )
 
     async def _count_tokens(self, exchange: Exchange, visit: Visit) -> None:
         principal = self._known(exchange) or await self._authenticate(exchange)

@@ -102,6 +102,21 @@ async def test_a_used_up_rate_says_when_to_retry() -> None:
     assert len(world.metering.asked("AcquireLease")) == asked
 
 
+async def test_what_is_left_of_a_limit_is_what_nobody_has_and_what_this_replica_has_not_used() -> None:
+    world = World()
+    assert world.leases.standings("key-1") == []
+    world.metering.requests = 120
+    seen = []
+    for _ in range(3):
+        world.leases.admit("key-1", 1) or await world.leases.admit_waiting("key-1", 1, 1.0)
+        (standing,) = world.leases.standings("key-1")
+        seen.append(standing)
+    # The clock runs: a token or two may have come back meanwhile.
+    assert [(one.kind, one.limit) for one in seen] == [("requests", 120)] * 3
+    assert all(expected <= one.remaining <= expected + 2 for one, expected in zip(seen, (119, 118, 117), strict=True))
+    assert all(one.reset == (120 - one.remaining) * 0.5 for one in seen)
+
+
 async def test_too_many_at_once() -> None:
     world = World()
     world.metering.concurrency = 2
