@@ -86,7 +86,7 @@ class _Providers:
         kept = {name: present[name] for name, entry in entries.items() if self.entries.get(name) == entry and name in present}
         providers = {name: kept.get(name) or self._make(entry) for name, entry in entries.items()}
         self.entries, self.models = entries, models
-        self._targets.use(providers)
+        self._targets.use(providers, {name: entry.drain_seconds for name, entry in entries.items() if entry.drain_seconds})
         for name, models_of in models.items():
             provider = providers.get(name)
             if provider is not None:

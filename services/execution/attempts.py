@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final, NamedTuple
 
+from services.execution.draining import Draining
 from services.execution.errors import AllFailed, AttemptFailed, ConnectionStale, SpoolFull
 from services.execution.pricing import cost_of, prompt_cost
 from services.execution.provider import Completed, Embedded, EmbeddingPrompt, Prompt, Provider
@@ -493,6 +494,8 @@ class Operation:
                     raise
                 prompt = self._prompt(candidate, attempt.target.model, self._deadline - _MARGIN, wire, attempt.gate)
                 pieces = provider.stream(prompt)
+                if self._targets.drain_seconds.get(candidate.provider):
+                    pieces = Draining(pieces)
                 try:
                     try:
                         async with asyncio.timeout_at(deadline):
@@ -528,6 +531,7 @@ class Operation:
     ) -> AsyncGenerator[Any, None]:
         """The answer from its first piece on. However it ends, the attempt is settled before this generator is done."""
         produced = _Produced()
+        is_read_on = False
         # Without a limit of the caller's the hold covers what the model can give at most.
         most_tokens = most_tokens or attempt.candidate.max_output_tokens
         limit = int(most_tokens * _OVERRUN) + 16 if most_tokens and self.billing.hold_nano_usd else 0
@@ -559,9 +563,43 @@ class Operation:
             raise
         except BaseException as error:
             if not attempt.settled:
-                self._dropped(attempt, self._partial(produced.most_tokens), error)
+                if isinstance(pieces, Draining) and self._is_left(error):
+                    # Nobody waits for it any more, and it ends the hold.
+                    self.unended = None
+                    self._later(self._drain(attempt, pieces, produced))
+                    is_read_on = True
+                else:
+                    self._dropped(attempt, self._partial(produced.most_tokens), error)
             raise
         finally:
+            if not is_read_on:
+                await _closed(pieces)
+
+    def _is_left(self, error: BaseException) -> bool:
+        """Whether the caller has left, and no gateway of ours was lost."""
+        return isinstance(error, asyncio.CancelledError | GeneratorExit) and not self._call.is_lost
+
+    async def _drain(self, attempt: _Attempt, pieces: Draining, produced: _Produced) -> None:
+        """Reads on until the provider has told what the answer took, or for its time; settles either way."""
+        usage = None
+        try:
+            async with asyncio.timeout(self._targets.drain_seconds.get(attempt.candidate.provider, 0.0)):
+                async for piece in pieces:
+                    if type(piece) is bytes or not isinstance(piece, Completed):
+                        produced.add(piece)
+                    elif not _lacks_usage(piece.answer.usage):
+                        usage = piece.answer.usage
+        except (TimeoutError, AttemptFailed):
+            pass
+        finally:
+            left = Failure(Reason.CANCELLED, "the caller went away")
+            attempt.target.breaker.ignored()
+            attempt.end(
+                receipt_pb2.ATTEMPT_OUTCOME_CANCELLED,
+                usage=usage or self._partial(produced.most_tokens),
+                is_final=True,
+                failure=left,
+            )
             await _closed(pieces)
 
     def _partial(self, produced: int) -> answer_pb2.Usage:

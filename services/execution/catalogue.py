@@ -39,7 +39,11 @@ _FIELDS: Final = {
     "regions",
     "context_window",
     "parallel",
+    "on_disconnect",
+    "drain_seconds",
 }
+_DRAIN_SECONDS: Final = 30.0
+_MOST_DRAIN_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,9 @@ class Entry:
     """For `local`: tokens per request."""
     parallel: int = 4
     """For `local`: requests at once."""
+    drain_seconds: float = 0.0
+    """For how long a stream is read on after its caller has left, so that it is charged by the provider's own usage; 0: it is cut, and what
+    came is estimated."""
 
 
 def parse(section: object) -> dict[str, Entry]:
@@ -112,6 +119,14 @@ def _entry(name: str, value: Any, problems: list[str]) -> Entry | None:
     window, parallel = value.get("context_window", 2048), value.get("parallel", 4)
     if not isinstance(window, int) or not isinstance(parallel, int) or window < 128 or parallel < 1:
         problems.append(f"{where}: context_window and parallel must be whole numbers of at least 128 and 1")
+    rule = value.get("on_disconnect", "cancel")
+    if rule not in ("cancel", "drain"):
+        problems.append(f"{where}.on_disconnect: must be cancel or drain, got {rule!r}")
+    seconds = value.get("drain_seconds", _DRAIN_SECONDS)
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 < seconds <= _MOST_DRAIN_SECONDS:
+        problems.append(f"{where}.drain_seconds: must be more than 0 and at most {_MOST_DRAIN_SECONDS:g}, got {seconds!r}")
+    elif "drain_seconds" in value and rule != "drain":
+        problems.append(f"{where}.drain_seconds: means something with on_disconnect: drain only")
     if len(problems) > before:
         return None
     return Entry(
@@ -124,6 +139,7 @@ def _entry(name: str, value: Any, problems: list[str]) -> Entry | None:
         str(value.get("probe_path") or ""),
         window,
         parallel,
+        float(seconds) if rule == "drain" else 0.0,
     )
 
 

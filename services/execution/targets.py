@@ -42,11 +42,14 @@ class Targets:
         self._rng = rng
         self.providers: Mapping[str, Provider] = {}
         self.probes: dict[str, Probe] = {}
+        self.drain_seconds: Mapping[str, float] = {}
+        """For how long a provider's stream is read on after its caller has left; those that aren't here are cut."""
         self._targets: dict[tuple[str, str, str], Target] = {}
 
-    def use(self, providers: Mapping[str, Provider]) -> None:
+    def use(self, providers: Mapping[str, Provider], drain_seconds: Mapping[str, float] | None = None) -> None:
         """Takes other providers."""
         self.providers = providers
+        self.drain_seconds = drain_seconds or {}
         self.probes = {name: self.probes.get(name, Probe()) for name in providers}
         self._targets = {key: target for key, target in self._targets.items() if key[0] in providers}
 

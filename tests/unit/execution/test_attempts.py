@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from services.execution import counts
 from services.execution.adapters.echo import EchoProvider
 from services.execution.attempts import _Produced, lost
 from services.execution.breaker import State
+from services.execution.draining import Draining
 from services.execution.errors import AllFailed, AttemptFailed, SpoolFull
 from services.execution.spool import Spool
 from services.runtime.errors import Failure, Reason, unavailable
@@ -333,6 +335,83 @@ async def test_before_the_first_token_another_candidate_is_tried(tmp_path: Path)
     async with world(tmp_path, a=broken, b=empty, c=chunked([OPENAI.error]), d=streams) as made:
         operation, _ = await run(made, "a", "b", "c", "d", streaming=True)
     assert [outcome for _, _, outcome in outcomes(attempts_of(operation))] == ["FAILED", "FAILED", "FAILED", "SUCCEEDED"]
+
+
+@pytest.mark.parametrize("how", ["cancel", "close"])
+@pytest.mark.parametrize("end", ["usage", "hangs", "breaks"])
+async def test_where_the_catalogue_says_drain_a_stream_is_read_on_and_charged_by_its_providers_usage(
+    tmp_path: Path, how: str, end: str
+) -> None:
+    has_left = asyncio.Event()
+
+    async def goes_on(exchange: Exchange) -> None:
+        await exchange.send(Reply().head(("transfer-encoding", "chunked")), chunk(OPENAI.beginning))
+        await has_left.wait()
+        if end == "hangs":
+            await exchange.gone()
+        elif end == "usage":
+            await exchange.send(chunk(OPENAI.stream.removeprefix(OPENAI.beginning)), chunk(b""))
+        else:
+            exchange.reset()
+
+    async with world(tmp_path, a=goes_on) as made:
+        made.targets.drain_seconds = {"a": PATIENCE if end != "hangs" else 0.05}
+        operation = made.stream("a", input_count={"token_count": 11}, billing=billing(hold_id="h"))
+        pieces = await operation.open_stream()
+        await anext(pieces)
+        await anext(pieces)
+        if how == "close":
+            await pieces.aclose()
+        else:
+            waiting = asyncio.ensure_future(anext(pieces))
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        operation.close()
+        assert not operation.tried
+        has_left.set()
+        [settled] = await made.settled()
+        [target] = made.targets
+        assert target.breaker.in_flight == 0
+        if end == "hangs":
+            async with asyncio.timeout(PATIENCE):
+                await made.servers["a"].ended[0].wait()
+    assert settled.outcome == receipt_pb2.ATTEMPT_OUTCOME_CANCELLED
+    assert (settled.hold_id, settled.is_final) == ("h", True)
+    if end == "usage":
+        assert (settled.cost_nano_usd, settled.usage.source) == (COST, answer_pb2.USAGE_SOURCE_REPORTED)
+    else:
+        assert (settled.cost_nano_usd, settled.usage.source) == (13_000, answer_pb2.USAGE_SOURCE_ESTIMATED)
+
+
+async def test_a_stream_that_may_be_read_on_is_given_as_any_other(tmp_path: Path) -> None:
+    async with world(tmp_path, a=[streams, begins_and_breaks, fails(500)], b=streams) as made:
+        made.targets.drain_seconds = {"a": PATIENCE}
+        operation, answer = await run(made, "a", streaming=True)
+        assert (texts(answer), operation.cost) == (texts((await run(made, "b", streaming=True))[1]), COST)
+        with pytest.raises(AttemptFailed) as caught:
+            await run(made, "a", streaming=True, operation_id="second")
+        assert caught.value.reason is Reason.PROVIDER_STREAM_BROKEN
+        operation, _ = await run(made, "a", "b", streaming=True, operation_id="third")
+        assert outcomes(attempts_of(operation)) == [("third/1", "a", "FAILED"), ("third/2", "b", "SUCCEEDED")]
+        assert len(await made.settled()) == 5
+
+
+async def test_a_provider_is_made_to_wait_for_a_slow_caller_also_where_it_is_read_on() -> None:
+    given = 0
+
+    async def endless() -> AsyncIterator[int]:
+        nonlocal given
+        while True:
+            given += 1
+            yield given
+
+    pieces = Draining(endless())
+    assert [await anext(pieces) for _ in range(3)] == [1, 2, 3]
+    for _ in range(1000):
+        await asyncio.sleep(0)
+    assert given < 200
+    await pieces.aclose()
 
 
 @pytest.mark.parametrize("how", ["cancel", "close"])

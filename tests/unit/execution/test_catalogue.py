@@ -63,7 +63,10 @@ def test_every_problem_is_reported_at_once() -> None:
                 "parallel": 0,
                 "context_window": "big",
                 "typo": 1,
+                "on_disconnect": "wait",
+                "drain_seconds": 601,
             },
+            "idle": {"kind": "echo", "drain_seconds": 5},
             "good": {"kind": "echo"},
         }
     )
@@ -77,6 +80,9 @@ def test_every_problem_is_reported_at_once() -> None:
         "providers.many.credential: must be",
         "providers.many.headers: must map",
         "providers.many: context_window and parallel",
+        "providers.many.on_disconnect: must be cancel or drain",
+        "providers.many.drain_seconds: must be more than 0",
+        "providers.idle.drain_seconds: means something with",
     ]
     assert len(found) == len(starts)
     assert all(problem.startswith(start) for problem, start in zip(found, starts, strict=True))
@@ -136,3 +142,14 @@ def test_a_credential_that_can_t_be_a_header_is_none(tmp_path: Path, content: by
     path = tmp_path / "key"
     path.write_bytes(content)
     assert read_credential(f"file:{path}") == ""
+
+
+def test_a_stream_is_read_on_only_where_the_catalogue_says_so() -> None:
+    entries = parse(
+        {
+            "cut": {"kind": "echo"},
+            "read": {"kind": "echo", "on_disconnect": "drain"},
+            "short": {"kind": "echo", "on_disconnect": "drain", "drain_seconds": 2},
+        }
+    )
+    assert {name: entry.drain_seconds for name, entry in entries.items()} == {"cut": 0.0, "read": 30.0, "short": 2.0}
