@@ -24,14 +24,15 @@ from tests.bench.scenarios import FULL, SHORT, TOPOLOGIES, Figure
 
 _REQUEST_NOTE: Final = (
     "Minimum · median · maximum of the rounds. CPU time of all of Sluice's processes, NATS included; `bare` is a proxy on the same "
-    "HTTP stack in the same rounds (median, µs a request), `ratio` Sluice's CPU over its; `mark` decides, `goal` is performance.md's."
+    "HTTP stack in the same rounds (median, µs a request), `ratio` Sluice's CPU over its; `added` is how much longer than the upstream itself "
+    "one request at a time takes (medians of p50 and p99); `mark` decides, `goal` is performance.md's."
 )
 _LEDGER_NOTE: Final = (
     "A pair is a hold and the settlement that ends it, each confirmed when it is on disk (SQLite: synchronous=FULL, PostgreSQL: fsync and "
     "synchronous_commit). 256 callers; `alone` is one. `bare` writes as many rows on the same store, 64 to a transaction, and checks "
     "nothing. CPU is of a pair, the server's included."
 )
-_WIDTH: Final = 128
+_WIDTH: Final = 140
 """Columns of the table where the output is no terminal."""
 
 
@@ -156,6 +157,13 @@ def _three(values: tuple[float, float, float], digits: int = 1) -> str:
     return f"{low:.{digits}f} · {middle:.{digits}f} · {high:.{digits}f}"
 
 
+def _added(figure: Figure) -> str:
+    if not figure.scenario.is_timed:
+        return "-"
+    middle = [figure.spread(lambda one: one.added_us(of))[1] for of in (lambda r: r.p50_us, lambda r: r.p99_us)]  # noqa: B023
+    return " · ".join(f"{microseconds:.0f}" for microseconds in middle)
+
+
 def line(figure: Figure) -> str:
     """One figure in one line."""
     if figure.void:
@@ -169,13 +177,13 @@ def table(figures: Sequence[Figure]) -> Table:
     """All figures."""
     made = Table(title="CPU per request", box=SIMPLE, padding=(0, 1, 0, 0))
     made.add_column("scenario", no_wrap=True)
-    for heading in ("n", "µs a request", "µs a chunk", "bare", "ratio", "mark", "goal"):
+    for heading in ("n", "µs a request", "µs a chunk", "bare", "ratio", "added µs", "mark", "goal"):
         made.add_column(heading, justify="right", no_wrap=True)
     made.add_column("", no_wrap=True, min_width=5)
     made.add_column("note", overflow="fold", min_width=4)
     for figure in figures:
         if figure.void or not figure.rounds:
-            made.add_row(figure.name, *[""] * 5, figure.mark.text, figure.goal.text, figure.verdict, figure.note)
+            made.add_row(figure.name, *[""] * 6, figure.mark.text, figure.goal.text, figure.verdict, figure.note)
             continue
         streams = figure.rounds[0].product.cpu_us_per_frame > 0
         made.add_row(
@@ -185,6 +193,7 @@ def table(figures: Sequence[Figure]) -> Table:
             _three(figure.spread(lambda one: one.cost(per_chunk=True))) if streams else "-",
             f"{figure.spread(lambda one: one.reference.cpu_ms * 1e3)[1]:.0f}",
             _three(figure.spread(lambda one: one.ratio)),
+            _added(figure),
             figure.mark.text,
             figure.goal.text,
             figure.verdict,
@@ -205,7 +214,13 @@ def to_json(figure: Figure) -> dict[str, Any]:
         "mark": asdict(figure.mark),
         "goal": asdict(figure.goal),
         "rounds": [
-            {"ratio": one.ratio, "saturated": one.saturated, "sluice": asdict(one.product), "reference": asdict(one.reference)}
+            {
+                "lone": None if one.lone is None else [asdict(reading) for reading in one.lone],
+                "ratio": one.ratio,
+                "saturated": one.saturated,
+                "sluice": asdict(one.product),
+                "reference": asdict(one.reference),
+            }
             for one in figure.rounds
         ],
     }

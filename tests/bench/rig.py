@@ -35,7 +35,7 @@ class RigError(Exception):
 
 def build() -> None:
     """Compiles the C programs when they are missing or older than their sources."""
-    programs = ("mock", "load")
+    programs = ("mock", "load", "spin")
     if not SOURCES.is_dir():
         raise RigError(f"the rig's sources are expected in {SOURCES}")
     newest = max(path.stat().st_mtime for path in (SOURCES / "src").iterdir())
@@ -148,6 +148,17 @@ def served(port: int) -> int:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/__stats", timeout=5) as response:
         count: int = json.load(response)["served"]
         return count
+
+
+@contextlib.contextmanager
+def awake() -> Iterator[None]:
+    """Keeps both cores from halting, at idle priority: the time that a virtual core takes to wake is not the product's."""
+    spinners = [subprocess.Popen(pin_command(core, [str(BUILD / "spin")])) for core in (PRODUCT_CORE, RIG_CORE)]
+    try:
+        yield
+    finally:
+        for spinner in spinners:
+            stop(spinner)
 
 
 @dataclass(frozen=True, slots=True)

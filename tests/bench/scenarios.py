@@ -90,6 +90,8 @@ class Scenario:
     """Brings a started Sluice into the state that the scenario needs; returns the load to run in it."""
     saturates: bool = True
     """Whether the product's core has to be busy for a round to count."""
+    is_timed: bool = False
+    """Whether the latency that Sluice adds is measured, too, in runs of its own with one request at a time."""
 
 
 def _chat(prompt: str, *, stream: bool = False) -> str:
@@ -182,6 +184,7 @@ SCENARIOS: Final = (
         "miss",
         {"compact": Budget(request_ms=0.25), "mesh": Budget(request_ms=0.8)},
         {"compact": Budget(request_ms=0.125), "mesh": Budget(request_ms=0.33)},
+        is_timed=True,
     ),
     Scenario(
         "exact_hit",
@@ -191,6 +194,7 @@ SCENARIOS: Final = (
         {"compact": Budget(request_ms=0.12)},
         {"compact": Budget(request_ms=1 / 15), "mesh": Budget(request_ms=1 / 6)},
         _prime_exact,
+        is_timed=True,
     ),
     Scenario(
         "semantic_hit",
@@ -221,6 +225,14 @@ class Round:
     reference: rig.Reading
     product: rig.Reading
     saturated: bool
+    lone: tuple[rig.Reading, rig.Reading] | None = None
+    """One request at a time: to the upstream itself, and to Sluice. None: the scenario has no such row."""
+
+    def added_us(self, of: Callable[[rig.Reading], float]) -> float:
+        """How much longer Sluice takes than the upstream alone, microseconds, of one percentile."""
+        assert self.lone is not None, "asked of scenarios that have it"
+        direct, product = self.lone
+        return of(product) - of(direct)
 
     def cost(self, *, per_chunk: bool) -> float:
         """CPU microseconds of Sluice, per request or per streamed chunk."""
@@ -417,7 +429,18 @@ def _round(
     if scenario.status and (said := ask(on.sluice, load).get("x-sluice-cache")) != scenario.status:
         raise _Void(f"the cache says {said!r} instead of {scenario.status!r}")
     saturated = product.product_busy >= _BUSY and product.rig_busy < _RIG_BUSY
-    return Round(reference, product, saturated)
+    return Round(reference, product, saturated, _alone(on, load, plan) if scenario.is_timed else None)
+
+
+def _alone(on: Stand, load: rig.Load, plan: Plan) -> tuple[rig.Reading, rig.Reading]:
+    """One request at a time, at the upstream itself and at Sluice."""
+    one = replace(load, connections=1, seconds=plan.seconds / 2)
+    with rig.awake():
+        direct = rig.run(on.upstream.port, one, on.upstream.pid)
+        _check(direct, "the upstream")
+        product = rig.run(on.sluice_port, one, on.sluice.process.pid)
+        _check(product, "Sluice")
+    return direct, product
 
 
 def _check(reading: rig.Reading, what: str) -> None:
