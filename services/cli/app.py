@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from services import __version__
 from services.cli import accounts, demonstration, doctor, up
 from services.cli.client import failures, pages
 from services.cli.jobs import jobs
@@ -31,8 +32,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Sluice: LLM inference, metered, cached and routed. Start it with `sluice up`; any OpenAI or Anthropic client can then "
-    "point at the printed URL.",
 )
 app.add_typer(accounts.tenants, name="tenants")
 app.add_typer(accounts.keys, name="keys")
@@ -42,6 +41,24 @@ app.command("usage")(accounts.usage)
 app.command("up")(up.command)
 app.command("demo")(demonstration.command)
 app.command("doctor")(doctor.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sluice {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Sluice: LLM inference, metered, cached and routed. Start it with `sluice up`; any OpenAI or Anthropic client can then point at the
+    printed URL.
+    """
+
 
 ModelOption = Annotated[str, typer.Option(help="Model or policy/NAME; empty: the default policy.")]
 CACHE_MODES = {

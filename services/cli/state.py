@@ -104,29 +104,27 @@ class Ready:
 
     @classmethod
     def found(cls, state_dir: Path | None, environ: Mapping[str, str]) -> Ready:
-        """The mesh that a command is meant for: that of the state directory, else the one that the environment names.
+        """The mesh that a command is meant for: that of the state directory where one is named (`state_dir`, SLUICE_STATE_DIR), else the
+        one whose addresses are in the environment, else that of the default state directory.
 
-        A deployed mesh is named by SLUICE_GATEWAY, SLUICE_BATCHING, SLUICE_METERING and SLUICE_EXECUTION (`host:port` each), with
-        SLUICE_KEY and SLUICE_ADMIN_KEY. Raises Failure (DEPENDENCY_UNAVAILABLE).
+        Addresses are SLUICE_GATEWAY, SLUICE_BATCHING, SLUICE_METERING and SLUICE_EXECUTION (`host:port` each), with SLUICE_KEY and
+        SLUICE_ADMIN_KEY. Raises Failure (DEPENDENCY_UNAVAILABLE).
         """
-        try:
+        addresses = {service: environ.get(f"SLUICE_{service.upper()}", "") for service in _CALLED}
+        if state_dir is not None or environ.get("SLUICE_STATE_DIR") or not any(addresses.values()):
             return cls.read((state_dir or default_state_dir()) / READY_NAME)
-        except Failure as failure:
-            addresses = {service: environ.get(f"SLUICE_{service.upper()}", "") for service in _CALLED}
-            if state_dir is not None or not any(addresses.values()):
-                raise
-            missing = [f"SLUICE_{service.upper()}" for service, address in addresses.items() if not address]
-            if missing:
-                words = f"{', '.join(missing)} must be set, too, to reach the mesh that the environment names"
-                raise Failure(Reason.DEPENDENCY_UNAVAILABLE, words, metadata=failure.metadata) from None
-            return cls(
-                http=environ.get("SLUICE_URL", ""),
-                grpc=addresses,
-                metrics={},
-                pids={},
-                key=environ.get("SLUICE_KEY", ""),
-                admin_key=environ.get("SLUICE_ADMIN_KEY", ""),
-            )
+        missing = [f"SLUICE_{service.upper()}" for service, address in addresses.items() if not address]
+        if missing:
+            words = f"{', '.join(missing)} must be set, too, to reach the mesh that the environment names"
+            raise Failure(Reason.DEPENDENCY_UNAVAILABLE, words, metadata={"dependency": "sluice up"})
+        return cls(
+            http=environ.get("SLUICE_URL", ""),
+            grpc=addresses,
+            metrics={},
+            pids={},
+            key=environ.get("SLUICE_KEY", ""),
+            admin_key=environ.get("SLUICE_ADMIN_KEY", ""),
+        )
 
     @classmethod
     def read(cls, path: Path) -> Ready:
