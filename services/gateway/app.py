@@ -58,7 +58,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
     gateways = process.replicas(NAME)
     passing = Passing(Owners(gateways, process.replica_id), clock)
     replays = _replays(config.shared_replays, process, clock) if config.shared_replays.enabled else None
-    metering = MeteringClient(metering_stub, process.replica_id)
+    metering = MeteringClient(metering_stub, process.replica_id, process.replicas("metering"))
     sizes = SliceSizes(config.lease.request_count, config.lease.token_count, config.lease.concurrency, config.lease.nano_usd)
     leases = Leases(metering, clock, sizes, call_seconds=budgets.lease, max_count=config.lease.max_count)
     around = Surroundings(

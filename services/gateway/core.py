@@ -504,7 +504,7 @@ class Core:
         lease = self._leases.admit(principal.key_id, tokens)
         if lease is None:
             lease = await self._leases.admit_waiting(
-                principal.key_id, tokens, self._left(deadline, self._limits.lease, "metering")
+                principal.tenant_id, principal.key_id, tokens, self._left(deadline, self._limits.lease, "metering")
             )
         facts.lease = lease
         facts.taken_tokens = tokens
@@ -936,7 +936,7 @@ class Core:
         lease = self._leases.admit(principal.key_id, tokens)
         if lease is None:
             lease = await self._leases.admit_waiting(
-                principal.key_id, tokens, self._left(deadline, self._limits.lease, "metering")
+                principal.tenant_id, principal.key_id, tokens, self._left(deadline, self._limits.lease, "metering")
             )
         facts.lease = lease
         key_needs: tuple[str, ...] = ("embeddings",)

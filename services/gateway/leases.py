@@ -65,10 +65,11 @@ class Lease:
         "budget", "concurrency", "concurrency_limit", "expires", "factor", "failed_until", "generation", "granted", "held", "in_flight",
         "is_all_concurrency", "key_id", "largest_hold", "lease_id", "low_money", "low_requests", "low_tokens", "money", "no_concurrency_until",
         "no_money_until", "no_rate_until", "pending", "renews", "request_limit", "requests", "slice_money", "spent", "stranded",
-        "token_limit", "tokens", "used", "waiting", "wanted",
+        "tenant_id", "token_limit", "tokens", "used", "waiting", "wanted",
     )  # fmt: skip
 
-    def __init__(self, key_id: str) -> None:
+    def __init__(self, tenant_id: str, key_id: str) -> None:
+        self.tenant_id = tenant_id
         self.key_id = key_id
         self.lease_id = ""
         self.generation = 0
@@ -192,13 +193,13 @@ class Leases:
             found.append(Standing("concurrency", limit.limit, max(0, left), None))
         return found
 
-    async def admit_waiting(self, key_id: str, tokens: int, timeout: float) -> Lease:
+    async def admit_waiting(self, tenant_id: str, key_id: str, tokens: int, timeout: float) -> Lease:
         """As `admit`, asking metering first. Failure RATE_LIMITED or CONCURRENCY_LIMITED with a retry delay, DEPENDENCY_UNAVAILABLE
         when metering can't be asked and the lease has nothing left.
         """
         lease = self._leases.get(key_id)
         if lease is None:
-            lease = self._open(key_id)
+            lease = self._open(tenant_id, key_id)
         admitted = self.admit(key_id, tokens)
         if admitted is not None:
             return admitted
@@ -314,14 +315,14 @@ class Leases:
             lease.used = False
             self._want(lease)
 
-    def _open(self, key_id: str) -> Lease:
+    def _open(self, tenant_id: str, key_id: str) -> Lease:
         if len(self._leases) >= self._max_count:
             idle = next((lease for lease in self._leases.values() if lease.in_flight == 0), None)
             if idle is None:
                 raise Failure(Reason.OVERLOADED, "too many keys are in use at once; retry later", retry_delay=1.0)
             # Its slices return to the store when the lease expires there.
             del self._leases[idle.key_id]
-        lease = self._leases[key_id] = Lease(key_id)
+        lease = self._leases[key_id] = Lease(tenant_id, key_id)
         return lease
 
     def _want(self, lease: Lease) -> None:
@@ -434,6 +435,7 @@ class Leases:
             nano_usd=money,
             left_request_count=left_requests,
             left_token_count=left_tokens,
+            tenant_id=lease.tenant_id,
         )
 
     def _apply(self, lease: Lease, wish: LeaseWish, grant: Grant) -> None:
@@ -507,13 +509,13 @@ class Leases:
         lease.money = lease.held = lease.stranded = lease.spent = 0
         lease.pending = None
         if lease_id:
-            await self._metering.give_back(lease_id, owed, timeout=self._call_seconds)
+            await self._metering.give_back(lease.tenant_id, lease_id, owed, timeout=self._call_seconds)
 
     async def _give_back(self, lease: Lease, timeout: float) -> None:
         if not lease.lease_id:
             return
         try:
-            await self._metering.give_back(lease.lease_id, lease.owed(), timeout=timeout)
+            await self._metering.give_back(lease.tenant_id, lease.lease_id, lease.owed(), timeout=timeout)
         except Failure:
             # It expires by itself.
             self.renewal_failure_count += 1

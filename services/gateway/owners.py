@@ -31,12 +31,12 @@ _FULL: Final = inference_service_pb2.RECEIPT_VIEW_FULL
 Metadata = tuple[tuple[str, str], ...]
 
 
-class Gateways(Protocol):
-    """The gateways of the mesh."""
+class Replicas(Protocol):
+    """The processes of a service."""
 
     @property
     def replicas(self) -> Sequence[Replica]:
-        """Those that take calls now, this one included."""
+        """Those that take calls now."""
 
     def only(self, endpoint: str) -> Any:
         """A channel to one of them."""
@@ -51,10 +51,23 @@ class Owner:
     """Of InferenceService; calls raise Failure."""
 
 
+def owner_among(members: Sequence[Replica], name: str, passed_over: Collection[str] = ()) -> Replica | None:
+    """The member with the highest hash of (its address, `name`), of those that aren't `passed_over` (addresses); None: there is none."""
+    best, weight = None, b""
+    ending = name.encode()
+    for member in members:
+        if member.endpoint in passed_over:
+            continue
+        its = blake2b(member.endpoint.encode() + ending, digest_size=8).digest()
+        if its >= weight:
+            best, weight = member, its
+    return best
+
+
 class Owners:
     """Finds the owner of a request id among the gateways that take calls now, this one included. None: it is the only one."""
 
-    def __init__(self, gateways: Gateways | None, replica_id: str) -> None:
+    def __init__(self, gateways: Replicas | None, replica_id: str) -> None:
         self._gateways = gateways
         self._me = replica_id
         self._stubs: dict[str, Any] = {}
@@ -64,14 +77,7 @@ class Owners:
         gateways = self._gateways
         if gateways is None:
             return None
-        best, weight = None, b""
-        name = f"\0{scope}\0{request_id}".encode()
-        for member in gateways.replicas:
-            if member.endpoint in passed_over:
-                continue
-            its = blake2b(member.endpoint.encode() + name, digest_size=8).digest()
-            if its >= weight:
-                best, weight = member, its
+        best = owner_among(gateways.replicas, f"\0{scope}\0{request_id}", passed_over)
         if best is None or best.replica_id == self._me:
             return None
         stub = self._stubs.get(best.endpoint)

@@ -28,6 +28,8 @@ class LeaseWish:
     nano_usd: int
     left_request_count: int
     left_token_count: int
+    tenant_id: str
+    """Whose limits they are: one metering process counts all of a tenant's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ class Metering(Protocol):
     async def acquire(self, wish: LeaseWish, *, timeout: float) -> Grant:
         """Slices of a key's limits."""
 
-    async def give_back(self, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
+    async def give_back(self, tenant_id: str, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
         """Ends a lease; `owed_nano_usd` is all of it that was spent since it was granted, or is held for what is under way."""
 
     async def hold(

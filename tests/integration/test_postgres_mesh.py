@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from services.cli.client import Client, failures
-from services.runtime.errors import Failure
+from services.runtime.errors import Failure, Reason
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
-from sluice.metering.v1 import usage_service_pb2
+from sluice.metering.v1 import tenancy_service_pb2, usage_service_pb2
 from tests import postgres
 from tests.integration.conftest import SECTIONS
 from tests.running import Running, default_catalogue, running
@@ -109,3 +109,27 @@ def test_settlements_wait_for_a_database_that_is_away(mesh: Running, client: Cli
     finally:
         server.start()
     settled(client, before, REQUESTS + 1, sum(costs))
+
+
+def test_a_rate_is_one_rate_over_all_metering_processes(mesh: Running) -> None:
+    per_minute, requests = 40, 100
+    key = tenancy_service_pb2.Key(
+        tenant_id="default",
+        project_id="default",
+        scopes=["inference"],
+        limits=tenancy_service_pb2.Limits(requests_per_minute=per_minute),
+    )
+    with mesh.client() as admin, failures():
+        request = tenancy_service_pb2.CreateKeyRequest(key=key)
+        secret = admin.tenancy.CreateKey(request, timeout=30, metadata=admin.as_admin).secret
+    admitted = 0
+    began = time.monotonic()
+    with mesh.client(key=secret) as client:
+        for _ in range(requests):
+            try:
+                ask(client, "hello")
+                admitted += 1
+            except Failure as failure:
+                assert failure.reason is Reason.RATE_LIMITED  # noqa: PT017
+    # Each process would have let as many through.
+    assert per_minute <= admitted <= per_minute * (1 + (time.monotonic() - began) / 60) + 1

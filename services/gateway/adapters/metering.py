@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from services.gateway.owners import Replicas, owner_among
 from services.gateway.ports import Authentication, Grant, HoldGrant, LeaseWish, LimitState
 from services.gateway.principals import Principal
 from services.gateway.receipts import timestamp
+from services.runtime.errors import Failure, Reason
 from sluice.metering.v1 import metering_service_pb2
+from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceStub
 
 if TYPE_CHECKING:
     from sluice.metering.v1.metering_service_pb2_grpc import MeteringServiceAsyncStub
@@ -17,9 +20,12 @@ if TYPE_CHECKING:
 class MeteringClient:
     """Translates between the port and the contract. Errors are `Failure` already: channels of the mesh raise nothing else."""
 
-    def __init__(self, stub: MeteringServiceAsyncStub, replica_id: str) -> None:
+    def __init__(self, stub: MeteringServiceAsyncStub, replica_id: str, replicas: Replicas | None = None) -> None:
+        """`stub` calls any metering process, `replicas` knows them one by one; None: there is one."""
         self._stub = stub
         self._replica_id = replica_id
+        self._replicas = replicas
+        self._stubs: dict[str, MeteringServiceAsyncStub] = {}
 
     async def authenticate(self, key_sha256: bytes, *, timeout: float) -> Authentication:
         """As the port says."""
@@ -31,28 +37,44 @@ class MeteringClient:
 
     async def acquire(self, wish: LeaseWish, *, timeout: float) -> Grant:
         """As the port says."""
-        response = await self._stub.AcquireLease(
-            metering_service_pb2.AcquireLeaseRequest(
-                replica_id=self._replica_id,
-                sequence=wish.sequence,
-                key_id=wish.key_id,
-                lease_id=wish.lease_id,
-                wanted_request_count=wish.request_count,
-                wanted_token_count=wish.token_count,
-                wanted_concurrency=wish.concurrency,
-                wanted_nano_usd=wish.nano_usd,
-                left_request_count=wish.left_request_count,
-                left_token_count=wish.left_token_count,
-            ),
-            timeout=timeout,
+        request = metering_service_pb2.AcquireLeaseRequest(
+            replica_id=self._replica_id,
+            sequence=wish.sequence,
+            key_id=wish.key_id,
+            lease_id=wish.lease_id,
+            wanted_request_count=wish.request_count,
+            wanted_token_count=wish.token_count,
+            wanted_concurrency=wish.concurrency,
+            wanted_nano_usd=wish.nano_usd,
+            left_request_count=wish.left_request_count,
+            left_token_count=wish.left_token_count,
         )
-        return grant_from_proto(response)
+        return grant_from_proto(await self._of_tenant(wish.tenant_id, "AcquireLease", request, timeout))
 
-    async def give_back(self, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
+    async def give_back(self, tenant_id: str, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
         """As the port says."""
-        await self._stub.ReturnLease(
-            metering_service_pb2.ReturnLeaseRequest(lease_id=lease_id, owed_nano_usd=owed_nano_usd), timeout=timeout
-        )
+        request = metering_service_pb2.ReturnLeaseRequest(lease_id=lease_id, owed_nano_usd=owed_nano_usd)
+        await self._of_tenant(tenant_id, "ReturnLease", request, timeout)
+
+    async def _of_tenant(self, tenant_id: str, method: str, request: Any, timeout: float) -> Any:
+        """Calls the metering process that counts the tenant's rates and concurrency: all gateways call the same one, so that a limit is one
+        limit whatever the number of processes. Where that one is gone, who counts next is called."""
+        replicas = self._replicas
+        passed_over: set[str] = set()
+        while replicas is not None and len(replicas.replicas) > 1:
+            owner = owner_among(replicas.replicas, tenant_id, passed_over)
+            if owner is None:
+                break
+            stub = self._stubs.get(owner.endpoint)
+            if stub is None:
+                stub = self._stubs[owner.endpoint] = MeteringServiceStub(replicas.only(owner.endpoint))
+            try:
+                return await getattr(stub, method)(request, timeout=timeout)
+            except Failure as failure:
+                if failure.reason not in (Reason.DEPENDENCY_UNAVAILABLE, Reason.DRAINING):
+                    raise
+                passed_over.add(owner.endpoint)
+        return await getattr(self._stub, method)(request, timeout=timeout)
 
     async def hold(
         self,

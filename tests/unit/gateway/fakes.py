@@ -418,6 +418,7 @@ class World:
         self.registry = Registry()
         channel: Any = InprocChannel(self.table, Caller(CallerKind.SERVICE, "gateway"))
         clock = self.loop.time
+        self.metering_channel = channel
         metering_stub: Any = MeteringServiceStub(channel)
         caching_stub: Any = CachingServiceStub(channel)
         routing_stub: Any = RoutingServiceStub(channel)
