@@ -141,13 +141,29 @@ class _Attempt:
         usage: answer_pb2.Usage | None,
         is_final: bool,
         failure: Failure | None = None,
+        observed: int = 0,
     ) -> None:
-        """Settles: into the spool, what the operation tried, and routing's statistics."""
+        """Settles: into the spool, what the operation tried, and routing's statistics. `observed` as `end_well` has it."""
+        if usage is not None and usage.source == answer_pb2.USAGE_SOURCE_REPORTED:
+            self._observe(observed)
         self.operation.spool.settle(self._settle(outcome, usage, is_final=is_final, failure=failure))
 
-    def end_well(self, usage: answer_pb2.Usage) -> None:
-        """Settles a success; it is written before anything of the answer leaves the process."""
+    def end_well(self, usage: answer_pb2.Usage, observed: int) -> None:
+        """Settles a success; it is written before anything of the answer leaves the process.
+
+        `observed`: the answer's tokens by our own count, kept beside what the provider reports.
+        """
+        if usage.source == answer_pb2.USAGE_SOURCE_REPORTED:
+            self._observe(observed)
         self.operation.spool.end(self._settle(receipt_pb2.ATTEMPT_OUTCOME_SUCCEEDED, usage, is_final=True, failure=None))
+
+    def _observe(self, tokens: int) -> None:
+        own = self.record.observed_usage
+        own.output_token_count = tokens
+        own.source = answer_pb2.USAGE_SOURCE_ESTIMATED
+        operation = self.operation
+        if operation.is_counted:
+            own.input_token_count = operation.input_count
 
     def _settle(
         self,
@@ -219,7 +235,8 @@ class Operation:
         self.unended: metering_service_pb2.Settlement | None = None
         """The last attempt's settlement, when another attempt was to follow it."""
         self.input_count = 0
-        self._is_counted = True
+        self.is_counted = True
+        """Whether `input_count` was counted, and isn't only what the prompt's size allows."""
         self._count = count
         self._later = later
         self._request = request
@@ -393,7 +410,7 @@ class Operation:
         """The first answer of the chain. Raises AttemptFailed for a fault of the caller, AllFailed, Failure DEADLINE_EXCEEDED."""
         request = self._request
         self.input_count = request.input_count.token_count
-        self._is_counted = not request.count_when_needed
+        self.is_counted = not request.count_when_needed
         last = len(self.candidates) - 1
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
@@ -410,13 +427,13 @@ class Operation:
                     try:
                         completed = await provider.complete(prompt)
                     except AttemptFailed as failure:
-                        if failure.was_read and not self._is_counted:
+                        if failure.was_read and not self.is_counted:
                             await self._count_now(attempt)
                         raise
                     answer = completed.answer
                     usage = answer.usage
                     if _lacks_usage(usage):
-                        if not self._is_counted:
+                        if not self.is_counted:
                             await self._count_now(attempt)
                         self._estimate(answer, usage)
                 except ConnectionStale as failure:
@@ -439,7 +456,7 @@ class Operation:
                     if not attempt.gate.passed:
                         # What was not sent is not billed.
                         self._dropped(attempt, None, error)
-                    elif self._is_counted:
+                    elif self.is_counted:
                         self._dropped(attempt, self._partial(produced) if self.input_count else None, error)
                     else:
                         # Nobody waits for it any more, and it ends the hold.
@@ -447,7 +464,7 @@ class Operation:
                         self._later(self._dropped_counted(attempt, produced, error))
                     raise
                 attempt.target.breaker.succeeded()
-                attempt.end_well(usage)
+                attempt.end_well(usage, _estimated_output(answer))
                 return completed
         raise self._exhausted()
 
@@ -552,7 +569,7 @@ class Operation:
             if _lacks_usage(usage):
                 self._estimate(piece.answer, usage)
             attempt.target.breaker.succeeded()
-            attempt.end_well(usage)
+            attempt.end_well(usage, produced.tokens)
             yield piece
         except StopAsyncIteration:
             failure = AttemptFailed(Reason.PROVIDER_STREAM_BROKEN, "the provider's stream ended before its answer did")
@@ -599,6 +616,7 @@ class Operation:
                 usage=usage or self._partial(produced.most_tokens),
                 is_final=True,
                 failure=left,
+                observed=produced.tokens,
             )
             await _closed(pieces)
 
@@ -624,6 +642,7 @@ class Operation:
         request: pb2.EmbedRequest = self._request
         # What a provider that doesn't say is taken to have read.
         self.input_count = sum(len(text.encode()) // 3 + 1 for text in request.inputs)
+        self.is_counted = False
         last = len(self.candidates) - 1
         for index, candidate in enumerate(self.candidates):
             is_last = index == last
@@ -666,7 +685,7 @@ class Operation:
                 if usage.source == answer_pb2.USAGE_SOURCE_UNSPECIFIED:
                     usage.input_token_count = self.input_count
                     usage.source = answer_pb2.USAGE_SOURCE_ESTIMATED
-                attempt.end_well(usage)
+                attempt.end_well(usage, 0)
                 return embedded, candidate.model
         raise self._exhausted()
 

@@ -48,9 +48,15 @@ class Entry(NamedTuple):
     flags: str
     """Comma-separated: `cost_mismatch`, `price_unknown`, `repeated`."""
     post_micros: int
+    observed_input: int | None = None
+    """Tokens by our own count, beside those that the provider reported and was paid for; None: not counted, or what was counted was billed."""
+    observed_output: int | None = None
+    """Likewise, of what passed through us."""
 
 
 _HASHED: Final = "\x1f".join(["%s"] * len(Entry._fields))
+_HASHED_UNOBSERVED: Final = "\x1f".join(["%s"] * (len(Entry._fields) - 2))
+_UNOBSERVED: Final = (None, None)
 
 
 class Settlement(NamedTuple):
@@ -87,8 +93,12 @@ def claims(settlement: Settlement) -> bool:
 
 
 def chained(previous: bytes, entry: Entry) -> bytes:
-    """Hash of an entry and of all before it: a changed, missing or inserted row breaks every later one."""
-    return blake2b(previous + (_HASHED % entry).encode(), digest_size=16).digest()
+    """Hash of an entry and of all before it: a changed, missing or inserted row breaks every later one.
+
+    Without counts of ours it is the hash that entries had before there were any.
+    """
+    text = _HASHED_UNOBSERVED % entry[:-2] if entry[-2:] == _UNOBSERVED else _HASHED % entry
+    return blake2b(previous + text.encode(), digest_size=16).digest()
 
 
 class PostState(enum.Enum):

@@ -168,11 +168,23 @@ def settlement_from_proto(message: metering_service_pb2.Settlement, book: PriceB
         message.attempt_number,
         flags,
         now_micros,
+        *_observed(message),
     )
     request_key = message.request_key
     if request_key and len(request_key) != _REQUEST_KEY_BYTES:
         raise invalid("request_key", f"must be empty or have {_REQUEST_KEY_BYTES} bytes, got {len(request_key)}")
     return Settlement(entry, message.lease_id, message.hold_id, message.is_final, request_key)
+
+
+def _observed(message: metering_service_pb2.Settlement) -> tuple[int | None, int | None]:
+    """Our own counts of a settlement. Raises Failure (REQUEST_INVALID)."""
+    if not message.HasField("observed_usage"):
+        return None, None
+    usage = message.observed_usage
+    prompt, answer = usage.input_token_count, usage.output_token_count
+    if not 0 <= prompt <= _MAX_COUNT or not 0 <= answer <= _MAX_COUNT:
+        raise invalid("observed_usage", f"counts must be 0 to {_MAX_COUNT}, got {prompt} and {answer}")
+    return prompt, answer
 
 
 def grant_to_proto(grant: Grant) -> metering_service_pb2.AcquireLeaseResponse:
@@ -342,6 +354,13 @@ def entry_to_proto(posted: Posted) -> usage_service_pb2.LedgerEntry:
             source=entry.usage_source,  # type: ignore[arg-type]  # stored as it came
             cache_write_token_count=entry.cache_write_tokens,
             image_count=entry.images,
+        ),
+        observed_usage=None
+        if entry.observed_output is None
+        else answer_pb2.Usage(
+            input_token_count=entry.observed_input or 0,
+            output_token_count=entry.observed_output,
+            source=answer_pb2.USAGE_SOURCE_ESTIMATED,
         ),
         price_version=entry.price_version,
         start_time=timestamp(entry.start_micros / 1e6),

@@ -132,6 +132,7 @@ REQUESTS: Final = Table(
 _TEXTS: Final = ("debit", "credit", "model", "provider", "price_version", "flags")
 _IDS: Final = ("attempt_id", "operation_id", "tenant_id", "project_id", "key_id")
 _SMALL: Final = ("usage_source", "outcome", "error_reason", "task_type", "cache_status")
+_OPTIONAL: Final = ("observed_input", "observed_output")
 
 
 def _entry_column(name: str) -> Column[Any]:
@@ -143,7 +144,7 @@ def _entry_column(name: str) -> Column[Any]:
         return _text(name)
     if name == "amount":
         return _number(name, CheckConstraint("amount >= 0"))
-    return Column(name, Integer if name in _SMALL else BigInteger, nullable=False)
+    return Column(name, Integer if name in _SMALL else BigInteger, nullable=name in _OPTIONAL)
 
 
 JOURNAL: Final = Table(

@@ -52,7 +52,7 @@ from services.metering.ledger import (
 )
 from services.metering.ports import Chain, Change, Posted, UsageFilter, UsageRow
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 FILE_NAME: Final = "ledger.db"
 _MOST_PER_COMMIT: Final = 512
 _VARIABLES: Final = 500
@@ -111,7 +111,7 @@ CREATE TABLE journal (
   usage_source INTEGER NOT NULL, price_version TEXT NOT NULL, start_micros INTEGER NOT NULL, duration_micros INTEGER NOT NULL,
   outcome INTEGER NOT NULL, error_reason INTEGER NOT NULL, task_type INTEGER NOT NULL, saved INTEGER NOT NULL,
   cache_status INTEGER NOT NULL, attempt_number INTEGER NOT NULL, flags TEXT NOT NULL, post_micros INTEGER NOT NULL,
-  hash BLOB NOT NULL
+  observed_input INTEGER, observed_output INTEGER, hash BLOB NOT NULL
 ) STRICT;
 CREATE INDEX journal_by_tenant ON journal (tenant_id, start_micros);
 CREATE TRIGGER journal_is_append_only_update BEFORE UPDATE ON journal BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
@@ -122,6 +122,7 @@ _MIGRATIONS: Final = {
     # Attempts are found by their ids, which begin with the operation's: an index less to write for every attempt.
     1: "DROP INDEX journal_by_operation;",
     2: _REQUESTS,
+    3: "ALTER TABLE journal ADD COLUMN observed_input INTEGER; ALTER TABLE journal ADD COLUMN observed_output INTEGER;",
 }
 """What brings each older version to the next one."""
 

@@ -59,6 +59,7 @@ def settlement(
     start_micros: int = int(NOW * 1e6),
     request_key: bytes = b"",
     outcome: int = 1,
+    observed: tuple[int | None, int | None] = (90, 8),
 ) -> Settlement:
     """A settlement of `attempt_id`, which is `<operation>/<n>`."""
     entry = Entry(
@@ -90,5 +91,7 @@ def settlement(
         attempt_number=attempt_number,
         flags="",
         post_micros=start_micros + 2000,
+        observed_input=observed[0],
+        observed_output=observed[1],
     )
     return Settlement(entry, lease_id, hold_id, final, request_key)

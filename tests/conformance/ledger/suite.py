@@ -658,6 +658,18 @@ class LedgerSuite:
         pages = [await store.usage(UsageFilter(), ["model"], after, 2) for after in (0, 2, 4, 6)]
         assert [[row.group[0] for row in page] for page in pages] == [["m/0", "m/1"], ["m/2", "m/3"], ["m/4"], []]
 
+    async def test_our_own_counts_may_be_absent_and_are_part_of_the_chain(self, database: Database) -> None:
+        known: tuple[tuple[int | None, int | None], ...] = ((None, None), (None, 8), (90, 8), (90, 8))
+        async with database.open() as store:
+            await store.post([settlement(f"op-{number}/1", amount=1, observed=one) for number, one in enumerate(known)])
+            entries = await store.entries("", "", None, 10)
+            assert [(one.entry.observed_input, one.entry.observed_output) for one in reversed(entries)] == list(known)
+            assert (await store.verify()).problems == ()
+        await database.tamper("UPDATE journal SET observed_input = NULL, observed_output = NULL WHERE sequence = 3")
+        async with database.open() as store:
+            (problem,) = (await store.verify()).problems
+        assert problem.startswith("entry 3 ")
+
     async def test_entries_come_newest_first_whole_and_in_pages(self, store: Store) -> None:
         sent = [settlement(f"op-{number}/1", amount=number) for number in range(5)]
         await store.post(sent)

@@ -86,18 +86,19 @@ async def test_a_ledger_of_a_newer_version_is_not_touched(tmp_path: Path) -> Non
 
 async def test_a_ledger_of_the_first_version_is_brought_up_and_keeps_what_it_has(tmp_path: Path) -> None:
     async with open_store(tmp_path) as store:
-        await store.post([settlement("op-1/1", amount=7)])
+        await store.post([settlement("op-1/1", amount=7, observed=(None, None))])
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
         # What the first version had besides, and hadn't.
         connection.executescript(
             "DROP TABLE requests; CREATE INDEX journal_by_operation ON journal (operation_id); PRAGMA user_version=1;"
+            "ALTER TABLE journal DROP COLUMN observed_input; ALTER TABLE journal DROP COLUMN observed_output;"
         )
     for _ in range(2):
         async with open_store(tmp_path) as store:
             assert [posted.entry.amount for posted in await store.entries("", "op-1", None, 10)] == [7]
             assert (await store.verify()).problems == ()
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (4,)
         assert connection.execute("SELECT count(*) FROM requests").fetchone() == (0,)
         indices = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'index'")}
     assert "journal_by_tenant" in indices

@@ -380,7 +380,9 @@ async def test_where_the_catalogue_says_drain_a_stream_is_read_on_and_charged_by
     assert (settled.hold_id, settled.is_final) == ("h", True)
     if end == "usage":
         assert (settled.cost_nano_usd, settled.usage.source) == (COST, answer_pb2.USAGE_SOURCE_REPORTED)
+        assert (settled.observed_usage.input_token_count, settled.observed_usage.output_token_count) == (11, 8)
     else:
+        assert not settled.HasField("observed_usage")
         assert (settled.cost_nano_usd, settled.usage.source) == (13_000, answer_pb2.USAGE_SOURCE_ESTIMATED)
 
 
@@ -557,6 +559,24 @@ async def test_who_leaves_before_the_request_is_sent_pays_nothing(tmp_path: Path
         costs = {record.operation_id: (record.cost_nano_usd, record.outcome) for record in await made.settled()}
     assert costs["leaving"] == (0, receipt_pb2.ATTEMPT_OUTCOME_CANCELLED)
     assert costs["caught"] == (11 * 1000, receipt_pb2.ATTEMPT_OUTCOME_CANCELLED)
+
+
+async def test_beside_what_is_reported_stands_our_own_count(tmp_path: Path, streaming: bool) -> None:
+    async with world(tmp_path, a=answering(streaming)) as made:
+        await run(made, "a", streaming=streaming, input_count={"token_count": 11})
+        [settled] = await made.settled()
+    own = settled.observed_usage
+    assert (settled.usage.source, own.source) == (answer_pb2.USAGE_SOURCE_REPORTED, answer_pb2.USAGE_SOURCE_ESTIMATED)
+    assert own.input_token_count == 11
+    # One for each piece; of a whole answer one for every three bytes.
+    assert own.output_token_count == (7 if streaming else 25)
+
+
+async def test_a_prompt_of_which_only_the_size_is_known_has_no_count(tmp_path: Path) -> None:
+    async with world(tmp_path, a=good) as made:
+        await run(made, "a", streaming=False, input_count={"token_count": 11}, count_when_needed=True)
+        [settled] = await made.settled()
+    assert (settled.observed_usage.input_token_count, settled.observed_usage.output_token_count) == (0, 25)
 
 
 async def test_usage_that_is_not_reported_is_estimated_on_the_high_side(tmp_path: Path, streaming: bool) -> None:

@@ -44,6 +44,9 @@ def full() -> metering_service_pb2.Settlement:
                 image_count=6,
                 source=answer_pb2.USAGE_SOURCE_COUNTED,
             ),
+            observed_usage=answer_pb2.Usage(
+                input_token_count=12, output_token_count=13, source=answer_pb2.USAGE_SOURCE_ESTIMATED
+            ),
             price_version="unheard-of",
             outcome=4,  # type: ignore[arg-type]  # any
             error_reason=error_reason_pb2.ERROR_REASON_PROVIDER_TIMEOUT,
@@ -90,6 +93,8 @@ def test_a_settlement_becomes_an_entry_field_by_field() -> None:
         attempt_number=3,
         flags="price_unknown",
         post_micros=NOW_MICROS,
+        observed_input=12,
+        observed_output=13,
     )
 
 
@@ -99,10 +104,24 @@ def test_an_entry_is_shown_as_it_was_settled() -> None:
     assert shown.sequence == 9
     assert (shown.attempt_id, shown.operation_id, shown.key_id, shown.model) == ("op-1/3", "op-1", "key-1", "a/y")
     assert (shown.debit_account, shown.credit_account, shown.amount_nano_usd) == ("key/key-1", "provider/prov", 77)
-    assert shown.usage == message.usage
+    assert (shown.usage, shown.observed_usage) == (message.usage, message.observed_usage)
     assert (shown.start_time, shown.outcome, shown.price_version) == (message.start_time, 4, "unheard-of")
     assert shown.post_time.ToMicroseconds() == NOW_MICROS
     assert list(shown.flags) == ["price_unknown"]
+
+
+def test_without_our_own_count_none_is_shown() -> None:
+    entry = entry_of(settlement("op-1/1", 5))
+    assert (entry.observed_input, entry.observed_output) == (None, None)
+    assert not proto.entry_to_proto(Posted(1, entry)).HasField("observed_usage")
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [(-1, 1), (1, 1 << 62)])
+def test_counts_of_ours_that_can_not_be_are_refused(prompt: int, answer: int) -> None:
+    message = settlement("op-1/1", 5)
+    message.observed_usage.MergeFrom(answer_pb2.Usage(input_token_count=prompt, output_token_count=answer))
+    with refused_field("observed_usage"):
+        entry_of(message)
 
 
 def test_what_the_platform_pays_is_its_debit() -> None:

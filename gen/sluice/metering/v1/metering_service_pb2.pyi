@@ -694,7 +694,7 @@ class Settlement(_message.Message):
 
     @_builtins.property
     def observed_usage(self) -> _answer_pb2.Usage:
-        """Usage by our own count, where both are known."""
+        """Prompt and answer by our own count, where `usage` is what the provider reported."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:

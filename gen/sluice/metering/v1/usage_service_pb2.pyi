@@ -291,6 +291,7 @@ class LedgerEntry(_message.Message):
     POST_TIME_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     FLAGS_FIELD_NUMBER: _builtins.int
+    OBSERVED_USAGE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Place in the journal, from 1, without gaps."""
     attempt_id: _builtins.str
@@ -329,6 +330,12 @@ class LedgerEntry(_message.Message):
         request had been answered and charged, and its answer was lost by us before its caller had it: booked to the platform).
         """
 
+    @_builtins.property
+    def observed_usage(self) -> _answer_pb2.Usage:
+        """Prompt and answer by our own count, where `usage` is what the provider reported and was paid for; absent: they weren't counted. No
+        input tokens: only the answer was.
+        """
+
     def __init__(
         self,
         *,
@@ -346,10 +353,11 @@ class LedgerEntry(_message.Message):
         post_time: _timestamp_pb2.Timestamp | None = ...,
         outcome: _receipt_pb2.AttemptOutcome.ValueType = ...,
         flags: _abc.Iterable[_builtins.str] | None = ...,
+        observed_usage: _answer_pb2.Usage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["post_time", b"post_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["observed_usage", b"observed_usage", "post_time", b"post_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nano_usd", b"amount_nano_usd", "attempt_id", b"attempt_id", "credit_account", b"credit_account", "debit_account", b"debit_account", "flags", b"flags", "key_id", b"key_id", "model", b"model", "operation_id", b"operation_id", "outcome", b"outcome", "post_time", b"post_time", "price_version", b"price_version", "sequence", b"sequence", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nano_usd", b"amount_nano_usd", "attempt_id", b"attempt_id", "credit_account", b"credit_account", "debit_account", b"debit_account", "flags", b"flags", "key_id", b"key_id", "model", b"model", "observed_usage", b"observed_usage", "operation_id", b"operation_id", "outcome", b"outcome", "post_time", b"post_time", "price_version", b"price_version", "sequence", b"sequence", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
