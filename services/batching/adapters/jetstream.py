@@ -59,6 +59,9 @@ JOBS: Final = "SLUICE_JOBS"
 LATER: Final = "SLUICE_LATER"
 DEAD: Final = "SLUICE_DEAD"
 BUCKET: Final = "sluice-jobs"
+_TABLE: Final = f"KV_{BUCKET}"
+_ROWS: Final = f"$KV.{BUCKET}."
+"""The bucket's stream, and what its subjects begin with."""
 CANCELLED: Final = "sluice.jobs-cancelled"
 """Core NATS subject on which cancels are announced; the payload is a job id."""
 WAKE: Final = "sluice.jobs-wake"
@@ -67,6 +70,13 @@ WAKE: Final = "sluice.jobs-wake"
 _TIMEOUT: Final = 2.0
 """Seconds until a call that NATS doesn't answer is given up; one that is under way when the server dies waits so long."""
 _FETCH_SECONDS: Final = 0.2
+_ROWS_AT_ONCE: Final = 64
+_READER_SECONDS: Final = 30.0
+"""A list that nobody reads on is forgotten by the server."""
+_DELETED: Final = frozenset(("KV-Operation", "Nats-Marker-Reason"))
+"""Headers of a row that says that there is none."""
+_WATCHER_SECONDS: Final = 5.0
+"""What nobody watches any more is forgotten by the server: it has few consumers to give, and nats-py's default is 5 minutes."""
 _WATCH_CHECK: Final = 2.0
 """Seconds of silence after which a watcher is checked."""
 _ROW_MARGIN: Final = 16 * 1024
@@ -244,18 +254,35 @@ class JetStreamTable:
 
     async def list(self, tenant_id: str) -> AsyncIterator[Job]:
         """See JobTable."""
-        bucket = await self._bucket()
+        jetstream, _ = await self._streams.context()
+        subject = f"{_ROWS}{token(tenant_id)}.>"
         with _translated():
-            watcher = await bucket.watch(f"{token(tenant_id)}.>", ignore_deletes=True)
+            # A pull consumer of our own, since the server tells how many rows there are as it makes one. nats-py's watcher asks later, when
+            # rows may have left the server's count and not arrived here yet, and then takes the table for empty.
+            made = await jetstream.add_consumer(_TABLE, config=_reader(subject), timeout=_TIMEOUT)
+            rows = await jetstream.pull_subscribe_bind(made.name, stream=_TABLE)
+        left = made.num_pending or 0
         try:
-            while True:
-                with _translated():
-                    entry = await _next(watcher, _TIMEOUT)
-                if entry is None:
+            while left:
+                try:
+                    with _translated():
+                        messages = await rows.fetch(min(left, _ROWS_AT_ONCE), timeout=_TIMEOUT)
+                except QueueUnavailable:
+                    # Unless what was left is gone meanwhile.
+                    with _translated():
+                        left = (await jetstream.consumer_info(_TABLE, made.name, timeout=_TIMEOUT)).num_pending or 0
+                    if left:
+                        raise
                     return
-                yield _job_of(entry.value)
+                for message in messages:
+                    if not (message.headers and _DELETED & message.headers.keys()):
+                        yield _job_of(message.data)
+                left = messages[-1].metadata.num_pending
         finally:
-            await _stop(watcher)
+            with contextlib.suppress(NatsError, OSError):
+                await rows.unsubscribe()
+            with contextlib.suppress(NatsError, OSError):
+                await jetstream.delete_consumer(_TABLE, made.name)
 
     async def watch(self, tenant_id: str, job_id: str) -> AsyncGenerator[Job, None]:
         """See JobTable."""
@@ -263,7 +290,7 @@ class JetStreamTable:
         while True:
             bucket = await self._bucket()
             with _translated():
-                watcher = await bucket.watch(_key(tenant_id, job_id), ignore_deletes=True)
+                watcher = await bucket.watch(_key(tenant_id, job_id), ignore_deletes=True, inactive_threshold=_WATCHER_SECONDS)
             try:
                 while True:
                     checkpoint()
@@ -280,6 +307,17 @@ class JetStreamTable:
                         yield _job_of(entry.value)
             finally:
                 await _stop(watcher)
+
+
+def _reader(subject: str) -> api.ConsumerConfig:
+    return api.ConsumerConfig(
+        filter_subject=subject,
+        deliver_policy=api.DeliverPolicy.LAST_PER_SUBJECT,
+        ack_policy=api.AckPolicy.NONE,
+        inactive_threshold=_READER_SECONDS,
+        mem_storage=True,
+        num_replicas=1,
+    )
 
 
 async def _next(watcher: Any, seconds: float) -> Any:

@@ -104,6 +104,18 @@ class TableSuite:
                 assert [found async for found in store.table.list(tenant)] == [jobs[tenant]]
             assert await store.table.get(one, jobs[two].id) is None
 
+    async def test_a_list_that_is_read_while_jobs_change_misses_none(self) -> None:
+        async with self.open() as store:
+            jobs = [new(f"r{number}") for number in range(150)]
+            revisions = [await store.table.create(made) for made in jobs]
+            found: list[Job] = []
+            async for listed in store.table.list("acme"):
+                if not found:
+                    for made, revision in zip(jobs, revisions, strict=True):
+                        await store.table.replace(made.started(made.create_time), revision)
+                found.append(listed)
+            assert {listed.id for listed in found} == {made.id for made in jobs}
+
     async def test_a_list_has_each_job_once_as_it_is_now(self) -> None:
         async with self.open() as store:
             expected = {}

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -77,6 +78,44 @@ class _OnJetStream:
 
 class TestJetStreamTable(_OnJetStream, TableSuite):
     pass
+
+
+async def test_a_list_has_the_rows_that_come_after_the_answers_about_them(
+    server: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with engine(server) as opened:
+        made = new()
+        await opened.table.create(made)
+        now, tasks = opened.client._process_msg, set()
+
+        async def later(*message: Any) -> None:
+            await asyncio.sleep(0.05)
+            await now(*message)
+
+        async def process(sid: int, subject: bytes, *rest: Any) -> None:
+            if subject.startswith(b"$KV."):
+                tasks.add(asyncio.create_task(later(sid, subject, *rest)))
+            else:
+                await now(sid, subject, *rest)
+
+        # The server hands rows and answers to different queues, so that an answer may pass the rows that it counts as sent.
+        monkeypatch.setattr(opened.client, "_process_msg", process)
+        assert [found async for found in opened.table.list("acme")] == [made]
+        assert tasks
+
+
+async def test_lists_and_watches_leave_no_consumer_behind(server: Broker) -> None:
+    async with engine(server) as opened:
+        made = new()
+        await opened.table.create(made)
+        for _ in range(5):
+            assert [found async for found in opened.table.list("acme")] == [made]
+            async with contextlib.aclosing(opened.table.watch("acme", made.id)) as changes:
+                assert await anext(changes) == made
+        jetstream = opened.client.jetstream()
+        left = await jetstream.consumers_info("KV_sluice-jobs")
+        assert all(consumer.config.inactive_threshold == 5.0 for consumer in left), "nats-py's default is 5 minutes"
+        assert len(left) <= 5
 
 
 class TestJetStreamQueues(_OnJetStream, QueuesSuite):
