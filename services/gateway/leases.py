@@ -282,8 +282,13 @@ class Leases:
         return lease is not None and self._clock() < lease.expires
 
     async def refill_forever(self) -> None:
-        """The worker: refills what runs low, exchanges what is stranded, returns what is idle."""
+        """The worker: refills what runs low, exchanges what is stranded, returns what is idle. First of all it says that this replica has
+        started: without traffic it would say nothing else, and the money of the one before it would stay reserved.
+        """
+        is_known = False
         while True:
+            if not is_known:
+                is_known = await self._say_started()
             try:
                 async with asyncio.timeout(1.0):
                     await self._work.wait()
@@ -296,6 +301,14 @@ class Leases:
                 async with asyncio.TaskGroup() as group:
                     for lease in leases[start : start + _RENEWALS_AT_ONCE]:
                         group.create_task(self._renew(lease))
+
+    async def _say_started(self) -> bool:
+        try:
+            await self._metering.end_leases(timeout=self._call_seconds)
+        except Failure:
+            # Said again when there is something to do, within a second.
+            return False
+        return True
 
     async def give_back_all(self, timeout: float) -> None:
         """Returns every lease; for the end of the process. What can't be returned expires by itself."""

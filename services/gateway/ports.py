@@ -86,6 +86,9 @@ class Metering(Protocol):
     async def acquire(self, wish: LeaseWish, *, timeout: float) -> Grant:
         """Slices of a key's limits."""
 
+    async def end_leases(self, *, timeout: float) -> None:
+        """This replica has started: what the process in its place had is for others."""
+
     async def give_back(self, tenant_id: str, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
         """Ends a lease; `owed_nano_usd` is all of it that was spent since it was granted, or is held for what is under way."""
 

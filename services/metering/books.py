@@ -21,6 +21,7 @@ from services.metering.ledger import (
     Hold,
     HoldState,
     PostState,
+    Replica,
     Settlement,
     Slice,
     chained,
@@ -49,6 +50,7 @@ class Lease:
     payer: Payer
     outstanding: int
     expire_time: float
+    holder: Replica
     posted: int = 0
 
 
@@ -60,6 +62,8 @@ class Wanted:
     operation_ids: set[str] = field(default_factory=set)
     hold_ids: set[str] = field(default_factory=set)
     lease_ids: set[str] = field(default_factory=set)
+    slots: set[str] = field(default_factory=set)
+    """Whose leases."""
     attempt_ids: set[str] = field(default_factory=set)
     request_keys: set[bytes] = field(default_factory=set)
     due: float | None = None
@@ -124,7 +128,7 @@ class Books:
             return HoldState.VOIDED
         return hold.state
 
-    def grant_slice(self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float) -> Slice:
+    def grant_slice(self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float, holder: Replica) -> Slice:
         """See Store.grant_slice."""
         lease = self.leases.get(lease_id)
         if lease is not None and lease.payer != payer:
@@ -134,7 +138,7 @@ class Books:
         if left is not None and wanted > 0 and left - wanted >= reserve and self._reserve(payer, wanted):
             granted = wanted
         if lease is None:
-            lease = self.leases[lease_id] = Lease(payer, 0, expire_time)
+            lease = self.leases[lease_id] = Lease(payer, 0, expire_time, holder)
         lease.outstanding += granted
         lease.expire_time = expire_time
         self.changed_leases.add(lease_id)
@@ -156,6 +160,17 @@ class Books:
             lease.outstanding, lease.expire_time = kept, expire_time
         else:
             del self.leases[lease_id]
+
+    def end_leases(self, survivor: Replica, expire_time: float) -> int:
+        """See Store.end_leases."""
+        ended = 0
+        for lease_id, lease in self.leases.items():
+            if lease.holder.slot == survivor.slot and lease.holder != survivor:
+                ended += 1
+                if lease.expire_time > expire_time:
+                    lease.expire_time = expire_time
+                    self.changed_leases.add(lease_id)
+        return ended
 
     def post(self, settlements: Sequence[Settlement]) -> list[PostState]:
         """See Store.post. Raises StoreUnavailable when a sum would pass what can be counted."""
@@ -336,6 +351,7 @@ class GrantSlice(Operation):
     wanted: int
     reserve: int
     expire_time: float
+    holder: Replica
 
     def wants(self, wanted: Wanted) -> None:
         """See Operation."""
@@ -344,7 +360,7 @@ class GrantSlice(Operation):
 
     def apply(self, books: Books) -> Slice:
         """See Operation."""
-        return books.grant_slice(self.lease_id, self.payer, self.wanted, self.reserve, self.expire_time)
+        return books.grant_slice(self.lease_id, self.payer, self.wanted, self.reserve, self.expire_time, self.holder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,6 +378,22 @@ class ReturnLease(Operation):
     def apply(self, books: Books) -> None:
         """See Operation."""
         books.return_lease(self.lease_id, self.owed, self.expire_time)
+
+
+@dataclass(frozen=True, slots=True)
+class EndLeases(Operation):
+    """Store.end_leases."""
+
+    survivor: Replica
+    expire_time: float
+
+    def wants(self, wanted: Wanted) -> None:
+        """See Operation."""
+        wanted.slots.add(self.survivor.slot)
+
+    def apply(self, books: Books) -> int:
+        """See Operation."""
+        return books.end_leases(self.survivor, self.expire_time)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ from typing import Final
 
 from services.metering.accounts import Level, Limits, Payer
 from services.metering.errors import KeyUnknown
-from services.metering.ledger import Slice
+from services.metering.ledger import Replica, Slice
 from services.metering.limits import UNLIMITED, Concurrency, Rates
 from services.metering.ports import Chain, Store
 
 _MOST_ANSWERS: Final = 100_000
+_MOST_FOLLOWED: Final = 10_000
 _SETTLE_SECONDS: Final = 15.0
 """After a lease's replica has let go of it, or was lost: by then what ran there is settled. Execution posts within milliseconds, and within
 seconds of its own restart."""
@@ -97,8 +98,10 @@ class Leasing:
         self._replicas: dict[str, float] = {}
         self._incarnations: dict[str, str] = {}
         """Replica by the part of its id that is the same after a restart."""
-        self._leases_of: dict[str, dict[str, Payer]] = {}
-        """Leases that are out, by replica, with who pays."""
+        self._followed: OrderedDict[str, None] = OrderedDict()
+        """Replicas in whose slots there were others later."""
+        self._leases_of: dict[str, set[str]] = {}
+        """Leases that are out, by replica."""
 
     async def acquire(self, wish: Wish) -> Grant:
         """Grants what can be had. A repeated wish (same replica, key and sequence) gets the grant it got. Raises KeyUnknown."""
@@ -127,22 +130,14 @@ class Leasing:
         chain = await self._store.chain_by_key(wish.key_id)
         if chain is None or not chain.key.is_active(now):
             raise KeyUnknown
-        lost: dict[str, Payer] = {}
-        self._replicas[wish.replica_id] = now + 2 * self._seconds
         for replica in [name for name, until in self._replicas.items() if until < now]:
             self._forget(replica)
-        slot = wish.replica_id.rpartition(".")[0]
-        if slot and (before := self._incarnations.get(slot)) != wish.replica_id:
-            # The process was started again: what ran in the one before has ended with it, and nobody else may wait for its lease to end.
-            self._incarnations[slot] = wish.replica_id
-            if before is not None:
-                lost = self._forget(before)
+        if wish.replica_id not in self._replicas:
+            await self.begin(wish.replica_id)
+        self._replicas[wish.replica_id] = now + 2 * self._seconds
         payer = Payer(chain.tenant.id, chain.project.id, chain.key.id)
         lease_id = wish.lease_id or _lease_id(wish)
-        self._leases_of.setdefault(wish.replica_id, {})[lease_id] = payer
-        for one, its_payer in lost.items():
-            # Its money, too, once what was cut off there is settled.
-            await self._store.grant_slice(one, its_payer, 0, 0, now + min(self._grace, _SETTLE_SECONDS))
+        self._leases_of.setdefault(wish.replica_id, set()).add(lease_id)
         expires = now + self._seconds
         money = await self._money(payer, wish, lease_id, expires)
         requests, wait = self._rates.take(self._limits(chain, "requests"), max(0, wish.requests), now)
@@ -159,27 +154,46 @@ class Leasing:
             max(wait, token_wait),
         )
 
-    def _forget(self, replica: str) -> dict[str, Payer]:
-        """The replica is gone; returns its leases."""
-        self._replicas.pop(replica, None)
-        leases = self._leases_of.pop(replica, {})
-        for lease in leases:
+    async def begin(self, replica_id: str) -> int:
+        """A replica that is new here: what ran in the one before it, in its slot, has ended with that one, and nobody may wait for the
+        leases of then to end by themselves. Returns how many there are whose money isn't free yet; it is once what was cut off is settled.
+        """
+        replica = Replica.of(replica_id)
+        if not replica.slot:
+            return 0
+        if replica_id in self._followed:
+            # A wish of the process that was there before came late.
+            return 0
+        before = self._incarnations.get(replica.slot)
+        self._incarnations[replica.slot] = replica_id
+        if before is not None and before != replica_id:
+            self._forget(before)
+            self._followed[before] = None
+            if len(self._followed) > _MOST_FOLLOWED:
+                self._followed.popitem(last=False)
+        return await self._store.end_leases(replica, self._clock() + min(self._grace, _SETTLE_SECONDS))
+
+    def _forget(self, replica_id: str) -> None:
+        self._replicas.pop(replica_id, None)
+        for lease in self._leases_of.pop(replica_id, ()):
             self._concurrency.release(lease)
-        slot = replica.rpartition(".")[0]
-        if self._incarnations.get(slot) == replica:
+        slot = Replica.of(replica_id).slot
+        if self._incarnations.get(slot) == replica_id:
             del self._incarnations[slot]
-        return leases
 
     async def _money(self, payer: Payer, wish: Wish, lease_id: str, expires: float) -> Slice:
         # A slice is a few holds; when the budget nears what the replicas' slices could hide, every hold asks for itself.
         reserve = self._recall_factor * max(1, len(self._replicas)) * max(1, wish.nano_usd // 8)
-        return await self._store.grant_slice(lease_id, payer, max(0, wish.nano_usd), reserve, expires + self._grace)
+        # A process that was followed is dead, or a second one under its name, whose holds can ask for themselves.
+        wanted = max(0, wish.nano_usd) if wish.replica_id not in self._followed else 0
+        ends = expires + self._grace
+        return await self._store.grant_slice(lease_id, payer, wanted, reserve, ends, Replica.of(wish.replica_id))
 
     async def give_back(self, lease_id: str, owed: int) -> None:
         """Ends a lease; what of `owed` (spent since it was granted, or held by what still runs) isn't posted yet stays reserved."""
         self._concurrency.release(lease_id)
         for leases in self._leases_of.values():
-            leases.pop(lease_id, None)
+            leases.discard(lease_id)
         await self._store.return_lease(lease_id, owed, self._clock() + min(self._grace, _SETTLE_SECONDS))
 
     def _limits(self, chain: Chain, kind: str) -> dict[str, int]:

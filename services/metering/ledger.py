@@ -136,6 +136,21 @@ class Hold:
 
 
 @dataclass(frozen=True, slots=True)
+class Replica:
+    """A process that holds leases."""
+
+    slot: str
+    """Its name, which the process that is started in its place has, too. Empty: nobody is."""
+    incarnation: str
+
+    @classmethod
+    def of(cls, replica_id: str) -> Replica:
+        """From an id: `<slot>.<incarnation>`, or without a dot for one that has no name."""
+        slot, _, incarnation = replica_id.rpartition(".")
+        return cls(slot, incarnation)
+
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Money deducted for a lease."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.metering.accounts import Key, Limits, Payer, Project, Tenant
-from services.metering.ledger import Entry, Head, Hold, HoldState, PostState, Settlement, Slice, Verdict
+from services.metering.ledger import Entry, Head, Hold, HoldState, PostState, Replica, Settlement, Slice, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,9 @@ class Store(Protocol):
     async def void_hold(self, hold_id: str) -> HoldState:
         """Frees an open hold; returns the state that it has then. Raises NotFound."""
 
-    async def grant_slice(self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float) -> Slice:
+    async def grant_slice(
+        self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float, holder: Replica
+    ) -> Slice:
         """Deducts `wanted` for a lease as long as every budget keeps `reserve` besides, else grants 0. Extends the lease in any
         case. Raises NotFound when the lease is another payer's.
         """
@@ -127,6 +129,9 @@ class Store(Protocol):
 
         Repeated calls change nothing. Unknown leases are ignored.
         """
+
+    async def end_leases(self, survivor: Replica, expire_time: float) -> int:
+        """Leases of other incarnations of this slot end at `expire_time` unless they end sooner; returns how many there are."""
 
     async def post(self, settlements: Sequence[Settlement]) -> list[PostState]:
         """Posts each once by its attempt id, all or none in one transaction."""

@@ -86,6 +86,11 @@ class MeteringServicer:
         )
         return grant_to_proto(await self._leasing.acquire(wish))
 
+    async def EndLeases(self, request: pb2.EndLeasesRequest, call: Call) -> pb2.EndLeasesResponse:
+        """See the proto."""
+        required(request.replica_id, "replica_id")
+        return pb2.EndLeasesResponse(lease_count=await self._leasing.begin(request.replica_id))
+
     async def ReturnLease(self, request: pb2.ReturnLeaseRequest, call: Call) -> pb2.ReturnLeaseResponse:
         """See the proto."""
         required(request.lease_id, "lease_id")

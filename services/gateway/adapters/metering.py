@@ -51,6 +51,11 @@ class MeteringClient:
         )
         return grant_from_proto(await self._of_tenant(wish.tenant_id, "AcquireLease", request, timeout))
 
+    async def end_leases(self, *, timeout: float) -> None:
+        """As the port says."""
+        request = metering_service_pb2.EndLeasesRequest(replica_id=self._replica_id)
+        await self._stub.EndLeases(request, timeout=timeout)
+
     async def give_back(self, tenant_id: str, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
         """As the port says."""
         request = metering_service_pb2.ReturnLeaseRequest(lease_id=lease_id, owed_nano_usd=owed_nano_usd)

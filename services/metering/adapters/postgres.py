@@ -40,6 +40,7 @@ from services.metering.audit import Audit
 from services.metering.books import (
     Account,
     Books,
+    EndLeases,
     Expire,
     GrantSlice,
     Lease,
@@ -51,7 +52,19 @@ from services.metering.books import (
     Wanted,
 )
 from services.metering.errors import Exists, MeteringError, NotFound, StoreUnavailable
-from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, Hold, HoldState, PostState, Settlement, Slice, Verdict
+from services.metering.ledger import (
+    GENESIS,
+    PLATFORM,
+    Entry,
+    Head,
+    Hold,
+    HoldState,
+    PostState,
+    Replica,
+    Settlement,
+    Slice,
+    Verdict,
+)
 from services.metering.ports import Chain, Change, Posted, UsageFilter, UsageRow
 
 _MOST_PER_COMMIT: Final = 512
@@ -108,13 +121,14 @@ _KEY_ROWS: Final = sa.select(
 
 _ENTRY_NAMES: Final = ", ".join(Entry._fields)
 _HOLD_NAMES: Final = "id, operation_id, tenant_id, project_id, key_id, amount, state, expire_time, budget_before, budget_level"
-_LEASE_NAMES: Final = "id, tenant_id, project_id, key_id, outstanding, expire_time, posted"
+_LEASE_NAMES: Final = "id, tenant_id, project_id, key_id, outstanding, expire_time, posted, slot, incarnation"
 _TAKE_LOCK: Final = "SELECT pg_advisory_xact_lock($1::bigint)"
 _READ_HOLDS: Final = f"SELECT {_HOLD_NAMES} FROM holds WHERE operation_id = ANY($1::text[]) OR id = ANY($2::text[])"
 _READ_DUE_HOLDS: Final = (
     f"SELECT {_HOLD_NAMES} FROM holds WHERE state = 'open' AND expire_time <= $1::float8 LIMIT {_MOST_EXPIRED}"
 )
 _READ_LEASES: Final = f"SELECT {_LEASE_NAMES} FROM leases WHERE id = ANY($1::text[])"
+_READ_LEASES_OF: Final = f"SELECT {_LEASE_NAMES} FROM leases WHERE slot = ANY($1::text[])"
 _READ_DUE_LEASES: Final = f"SELECT {_LEASE_NAMES} FROM leases WHERE expire_time <= $1::float8 LIMIT {_MOST_EXPIRED}"
 _READ_ACCOUNTS: Final = "SELECT name, budget, spent, held FROM accounts WHERE name = ANY($1::text[])"
 _READ_HEAD: Final = "SELECT sequence, hash FROM journal ORDER BY sequence DESC LIMIT 1"
@@ -480,14 +494,23 @@ class PostgresStore:
         state: HoldState = await self._written(VoidHold(hold_id))
         return state
 
-    async def grant_slice(self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float) -> Slice:
+    async def grant_slice(
+        self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float, holder: Replica
+    ) -> Slice:
         """See Store."""
-        granted: Slice = await self._written(GrantSlice(lease_id, payer, wanted, reserve, expire_time))
+        granted: Slice = await self._written(GrantSlice(lease_id, payer, wanted, reserve, expire_time, holder))
         return granted
 
     async def return_lease(self, lease_id: str, owed: int, expire_time: float) -> None:
         """See Store."""
         await self._written(ReturnLease(lease_id, owed, expire_time))
+
+    async def end_leases(self, survivor: Replica, expire_time: float) -> int:
+        """See Store."""
+        if not survivor.slot:
+            return 0
+        ended: int = await self._written(EndLeases(survivor, expire_time))
+        return ended
 
     async def post(self, settlements: Sequence[Settlement]) -> list[PostState]:
         """See Store."""
@@ -609,6 +632,8 @@ async def _read(c: AsyncConnection, wanted: Wanted) -> Books:
         holds += map(_hold_of, found)
     if wanted.lease_ids:
         leases |= map(_lease_of, await c.exec_driver_sql(_READ_LEASES, (list(wanted.lease_ids),)))
+    if wanted.slots:
+        leases |= map(_lease_of, await c.exec_driver_sql(_READ_LEASES_OF, (list(wanted.slots),)))
     if wanted.due is not None:
         holds += map(_hold_of, await c.exec_driver_sql(_READ_DUE_HOLDS, (wanted.due,)))
         leases |= map(_lease_of, await c.exec_driver_sql(_READ_DUE_LEASES, (wanted.due,)))
@@ -638,7 +663,7 @@ async def _write(c: AsyncConnection, books: Books) -> None:
     leases = [_lease_row(name, books.leases[name]) for name in sorted(books.changed_leases) if name in books.leases]
     first = books.head.sequence - len(books.entries) + 1
     entries = [(number, *entry, hashed) for number, (entry, hashed) in enumerate(books.entries, first)]
-    values: list[Any] = [*_columns(accounts, 3), *_columns(holds, 10), *_columns(leases, 7), ended]
+    values: list[Any] = [*_columns(accounts, 3), *_columns(holds, 10), *_columns(leases, 9), ended]
     values += _columns(entries, len(Entry._fields) + 2)
     await c.exec_driver_sql(_WRITE, tuple(values))
     if books.claims:
@@ -665,13 +690,18 @@ def _hold_row(hold: Hold) -> Row:
 
 
 def _lease_of(row: Row) -> tuple[str, Lease]:
-    lease_id, tenant_id, project_id, key_id, outstanding, expire_time, posted = row
-    return lease_id, Lease(Payer(tenant_id, project_id, key_id), outstanding, expire_time, posted)
+    lease_id, tenant_id, project_id, key_id, outstanding, expire_time, posted, slot, incarnation = row
+    return lease_id, Lease(Payer(tenant_id, project_id, key_id), outstanding, expire_time, Replica(slot, incarnation), posted)
 
 
 def _lease_row(lease_id: str, lease: Lease) -> Row:
-    payer = lease.payer
-    return lease_id, payer.tenant_id, payer.project_id, payer.key_id, lease.outstanding, lease.expire_time, lease.posted
+    payer, holder = lease.payer, lease.holder
+    return (
+        lease_id,
+        *(payer.tenant_id, payer.project_id, payer.key_id),
+        *(lease.outstanding, lease.expire_time, lease.posted),
+        *(holder.slot, holder.incarnation),
+    )
 
 
 async def _read_all(c: AsyncConnection, audit: Audit) -> None:

@@ -116,6 +116,8 @@ LEASES: Final = Table(
     _number("outstanding"),
     Column("expire_time", Double, nullable=False),
     _number("posted"),
+    _text("slot"),
+    _text("incarnation"),
     Index("leases_by_expiry", "expire_time"),
 )
 

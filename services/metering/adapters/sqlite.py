@@ -43,6 +43,7 @@ from services.metering.ledger import (
     Hold,
     HoldState,
     PostState,
+    Replica,
     Settlement,
     Slice,
     Verdict,
@@ -52,7 +53,7 @@ from services.metering.ledger import (
 )
 from services.metering.ports import Chain, Change, Posted, UsageFilter, UsageRow
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 FILE_NAME: Final = "ledger.db"
 _MOST_PER_COMMIT: Final = 512
 _VARIABLES: Final = 500
@@ -60,6 +61,7 @@ _MOST_EXPIRED: Final = 10_000
 """Request keys that one pass forgets, so that nobody waits long behind it."""
 _LEVELS: Final = (Level.KEY.value, Level.PROJECT.value, Level.TENANT.value)
 _ENTRY_COLUMNS: Final = ", ".join(Entry._fields)
+_LEASE_COLUMNS: Final = "id, tenant_id, project_id, key_id, outstanding"
 _LIMIT_FIELDS: Final = ("requests_per_minute", "tokens_per_minute", "concurrency")
 
 _SCHEMA: Final = """
@@ -91,7 +93,8 @@ CREATE TABLE holds (
 CREATE INDEX open_holds ON holds (expire_time) WHERE state = 'open';
 CREATE TABLE leases (
   id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, project_id TEXT NOT NULL, key_id TEXT NOT NULL,
-  outstanding INTEGER NOT NULL, expire_time REAL NOT NULL, posted INTEGER NOT NULL DEFAULT 0
+  outstanding INTEGER NOT NULL, expire_time REAL NOT NULL, posted INTEGER NOT NULL DEFAULT 0,
+  slot TEXT NOT NULL DEFAULT '', incarnation TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX leases_by_expiry ON leases (expire_time);
 """
@@ -123,6 +126,7 @@ _MIGRATIONS: Final = {
     1: "DROP INDEX journal_by_operation;",
     2: _REQUESTS,
     3: "ALTER TABLE journal ADD COLUMN observed_input INTEGER; ALTER TABLE journal ADD COLUMN observed_output INTEGER;",
+    4: "ALTER TABLE leases ADD COLUMN slot TEXT NOT NULL DEFAULT ''; ALTER TABLE leases ADD COLUMN incarnation TEXT NOT NULL DEFAULT '';",
 }
 """What brings each older version to the next one."""
 
@@ -522,7 +526,9 @@ class SqliteStore:
 
         return await self._written(operation)
 
-    async def grant_slice(self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float) -> Slice:
+    async def grant_slice(
+        self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float, holder: Replica
+    ) -> Slice:
         """See Store."""
 
         def operation(c: sqlite3.Connection) -> Slice:
@@ -536,9 +542,12 @@ class SqliteStore:
             elif wanted > 0 and left - wanted >= reserve and _reserve(c, payer, wanted):
                 granted = wanted
             c.execute(
-                "INSERT INTO leases VALUES (?1, ?2, ?3, ?4, ?5, ?6, 0) ON CONFLICT (id) DO UPDATE SET "
+                "INSERT INTO leases VALUES (?1, ?2, ?3, ?4, ?5, ?6, 0, ?7, ?8) ON CONFLICT (id) DO UPDATE SET "
                 "outstanding = outstanding + ?5, expire_time = ?6",
-                (lease_id, payer.tenant_id, payer.project_id, payer.key_id, max(0, granted), expire_time),
+                (
+                    *(lease_id, payer.tenant_id, payer.project_id, payer.key_id, max(0, granted), expire_time),
+                    *(holder.slot, holder.incarnation),
+                ),
             )
             if left is None:
                 return Slice(-1, None, None, "")
@@ -553,10 +562,10 @@ class SqliteStore:
         """See Store."""
 
         def operation(c: sqlite3.Connection) -> None:
-            row = c.execute("SELECT * FROM leases WHERE id = ?", (lease_id,)).fetchone()
+            row = c.execute(f"SELECT {_LEASE_COLUMNS}, posted FROM leases WHERE id = ?", (lease_id,)).fetchone()
             if row is None:
                 return
-            _, tenant_id, project_id, key_id, outstanding, _, posted = row
+            _, tenant_id, project_id, key_id, outstanding, posted = row
             # Costs that the replica knows of and whose settlements are still on their way must not be spent a second time.
             kept = min(max(0, owed - posted), outstanding)
             _free(c, Payer(tenant_id, project_id, key_id), outstanding - kept)
@@ -566,6 +575,20 @@ class SqliteStore:
                 c.execute("DELETE FROM leases WHERE id = ?", (lease_id,))
 
         await self._written(operation)
+
+    async def end_leases(self, survivor: Replica, expire_time: float) -> int:
+        """See Store."""
+        if not survivor.slot:
+            return 0
+        others = (survivor.slot, survivor.incarnation)
+
+        def operation(c: sqlite3.Connection) -> int:
+            return c.execute(
+                "UPDATE leases SET expire_time = min(expire_time, ?) WHERE slot = ? AND incarnation <> ?",
+                (expire_time, *others),
+            ).rowcount
+
+        return await self._written(operation)
 
     async def post(self, settlements: Sequence[Settlement]) -> list[PostState]:
         """See Store."""
@@ -623,11 +646,11 @@ class SqliteStore:
                 (first, second, third, amount),
             )
         for lease_id, amount in leased.items():
-            row = c.execute("SELECT * FROM leases WHERE id = ?", (lease_id,)).fetchone()
+            row = c.execute(f"SELECT {_LEASE_COLUMNS} FROM leases WHERE id = ?", (lease_id,)).fetchone()
             if row is None:
                 # It expired: its money went back, and the late settlement is posted all the same.
                 continue
-            _, tenant_id, project_id, key_id, outstanding, _, _ = row
+            _, tenant_id, project_id, key_id, outstanding = row
             used = min(amount, outstanding)
             c.execute(
                 "UPDATE leases SET outstanding = outstanding - ?1, posted = posted + ?2 WHERE id = ?3", (used, amount, lease_id)
@@ -655,8 +678,9 @@ class SqliteStore:
             holds = c.execute("SELECT * FROM holds WHERE state = 'open' AND expire_time <= ? LIMIT 1000", (now,)).fetchall()
             for row in holds:
                 _end_hold(c, _hold_of(row), HoldState.EXPIRED)
-            leases = c.execute("SELECT * FROM leases WHERE expire_time <= ? LIMIT 1000", (now,)).fetchall()
-            for lease_id, tenant_id, project_id, key_id, outstanding, _, _ in leases:
+            over = f"SELECT {_LEASE_COLUMNS} FROM leases WHERE expire_time <= ? LIMIT 1000"
+            leases = c.execute(over, (now,)).fetchall()
+            for lease_id, tenant_id, project_id, key_id, outstanding in leases:
                 _free(c, Payer(tenant_id, project_id, key_id), outstanding)
                 c.execute("DELETE FROM leases WHERE id = ?", (lease_id,))
             c.execute(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 
 from services.metering.accounts import Key, Limits, Payer, key_account
-from services.metering.ledger import Entry, Settlement
+from services.metering.ledger import Entry, Replica, Settlement
 
 NOW = 1_700_000_000.0
 """A Tuesday in November 2023, Unix seconds."""
 HOUR = 3600.0
 ACME = "acme"
 PAYER = Payer(ACME, "default", "key-1")
+HOLDER = Replica("gateway", "first")
 
 
 def key(

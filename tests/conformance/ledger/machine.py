@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from services.metering.accounts import Balance, Limits, Payer, Tenant
 from services.metering.errors import BudgetExhausted, Exists, NotFound
-from services.metering.ledger import PLATFORM, HoldState, PostState
+from services.metering.ledger import PLATFORM, HoldState, PostState, Replica
 from services.metering.ports import Store, UsageFilter
 from tests.conformance.ledger.examples import ACME, NOW, key, settlement
 from tests.conformance.ledger.suite import Database
@@ -26,6 +26,7 @@ BUDGETS = {"key/key-1": 600, "tenant/acme": 1000}
 payers = st.sampled_from(PAYERS)
 operations = st.integers(0, 5).map("op-{}".format)
 lease_ids = st.integers(0, 2).map("lease-{}".format)
+holders = st.sampled_from((Replica("g", "1"), Replica("g", "2"), Replica("h", "1"), Replica("", "i")))
 amounts = st.integers(1, 400)
 seconds = st.integers(1, 20)
 
@@ -43,7 +44,8 @@ class _Lease:
     payer: Payer
     outstanding: int
     ends: float
-    posted: int = 0
+    posted: int
+    holder: Replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +158,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self._end(operation, HoldState.VOIDED)
         assert self._runner.run(asked) is self._holds[operation].state
 
-    @rule(lease=lease_ids, payer=payers, wanted=st.integers(0, 400), reserve=st.integers(0, 300), lasts=seconds)
-    def grant(self, lease: str, payer: Payer, wanted: int, reserve: int, lasts: int) -> None:
-        asked = self._store.grant_slice(lease, payer, wanted, reserve, self._now + lasts)
+    @rule(lease=lease_ids, payer=payers, wanted=st.integers(0, 400), reserve=st.integers(0, 300), lasts=seconds, holder=holders)
+    def grant(self, lease: str, payer: Payer, wanted: int, reserve: int, lasts: int, holder: Replica) -> None:
+        asked = self._store.grant_slice(lease, payer, wanted, reserve, self._now + lasts, holder)
         known, left = self._leases.get(lease), self._left(payer)
         if known is not None and known.payer != payer:
             with pytest.raises(NotFound):
@@ -170,8 +172,22 @@ class LedgerMachine(RuleBasedStateMachine):
         assert (got.granted, got.left) == (granted, left - granted)
         before = known.outstanding if known is not None else 0
         posted = known.posted if known is not None else 0
-        self._leases[lease] = _Lease(payer, before + granted, self._now + lasts, posted)
+        self._leases[lease] = _Lease(
+            payer, before + granted, self._now + lasts, posted, known.holder if known is not None else holder
+        )
         self._hold_more(payer, granted)
+
+    @rule(survivor=holders, lasts=seconds)
+    def end_leases(self, survivor: Replica, lasts: int) -> None:
+        ended = [
+            name
+            for name, lease in self._leases.items()
+            if survivor.slot and lease.holder.slot == survivor.slot and lease.holder.incarnation != survivor.incarnation
+        ]
+        assert self._runner.run(self._store.end_leases(survivor, self._now + lasts)) == len(ended)
+        for name in ended:
+            lease = self._leases[name]
+            self._leases[name] = replace(lease, ends=min(lease.ends, self._now + lasts))
 
     @rule(lease=lease_ids, owed=st.integers(0, 500), lasts=seconds)
     def give_back(self, lease: str, owed: int, lasts: int) -> None:

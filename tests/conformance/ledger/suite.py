@@ -16,9 +16,9 @@ import pytest
 
 from services.metering.accounts import Balance, Key, Limits, Payer, Project, Tenant
 from services.metering.errors import BudgetExhausted, Exists, NotFound
-from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, HoldState, PostState
+from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, HoldState, PostState, Replica
 from services.metering.ports import Store, UsageFilter
-from tests.conformance.ledger.examples import ACME, HOUR, NOW, PAYER, key, settlement
+from tests.conformance.ledger.examples import ACME, HOLDER, HOUR, NOW, PAYER, key, settlement
 
 ROOT = Path(__file__).resolve().parents[3]
 ENOUGH = 1_000_000
@@ -245,7 +245,7 @@ class LedgerSuite:
 
     async def test_what_the_platform_pays_is_journaled_and_charged_to_nobody(self, store: Store) -> None:
         await prepare(store, tenant=100)
-        lease = await store.grant_slice("lease-1", PAYER, 50, 0, NOW + HOUR)
+        lease = await store.grant_slice("lease-1", PAYER, 50, 0, NOW + HOUR, HOLDER)
         assert lease.granted == 50
         twice = settlement("op-1/1", amount=40, debit="platform", lease_id="lease-1")
         assert await store.post([twice]) == [PostState.POSTED]
@@ -305,12 +305,12 @@ class LedgerSuite:
 
     async def test_a_slice_is_deducted_when_granted_and_its_cost_is_moved_from_held_to_spent(self, store: Store) -> None:
         await prepare(store, tenant=1000)
-        granted = await store.grant_slice("lease-1", PAYER, 300, 0, NOW + HOUR)
+        granted = await store.grant_slice("lease-1", PAYER, 300, 0, NOW + HOUR, HOLDER)
         assert (granted.granted, granted.budget, granted.left, granted.level) == (300, 1000, 700, "tenant")
         await assert_balances(store, spent=0, held=300)
         await store.post([settlement("op-1/1", amount=120, lease_id="lease-1")])
         await assert_balances(store, spent=120, held=180)
-        more = await store.grant_slice("lease-1", PAYER, 200, 0, NOW + 2 * HOUR)
+        more = await store.grant_slice("lease-1", PAYER, 200, 0, NOW + 2 * HOUR, HOLDER)
         assert (more.granted, more.left) == (200, 500)
         await assert_balances(store, spent=120, held=380)
         # Extended: the first end frees nothing.
@@ -320,7 +320,7 @@ class LedgerSuite:
 
     async def test_a_lease_that_costs_more_than_it_has_left_frees_no_more_than_that(self, store: Store) -> None:
         await prepare(store, tenant=1000)
-        await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR)
+        await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         await store.post(
             [settlement("op-1/1", amount=80, lease_id="lease-1"), settlement("op-2/1", amount=50, lease_id="lease-1")]
         )
@@ -328,15 +328,15 @@ class LedgerSuite:
 
     async def test_no_slice_is_granted_that_would_leave_less_than_the_reserve(self, store: Store) -> None:
         await prepare(store, tenant=1000, of_key=400)
-        assert (await store.grant_slice("lease-1", PAYER, 101, 300, NOW + HOUR)).granted == 0
+        assert (await store.grant_slice("lease-1", PAYER, 101, 300, NOW + HOUR, HOLDER)).granted == 0
         await assert_balances(store, spent=0, held=0)
-        full = await store.grant_slice("lease-1", PAYER, 100, 300, NOW + HOUR)
+        full = await store.grant_slice("lease-1", PAYER, 100, 300, NOW + HOUR, HOLDER)
         assert (full.granted, full.budget, full.left, full.level) == (100, 400, 300, "key")
         await assert_balances(store, spent=0, held=100)
 
     async def test_without_a_budget_a_slice_is_unlimited(self, store: Store) -> None:
         await prepare(store)
-        granted = await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR)
+        granted = await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         assert (granted.granted, granted.budget, granted.left) == (-1, None, None)
         # A budget set afterwards finds nothing held by the lease.
         await store.update_tenant(ACME, None, lambda _: Limits(budget_nano_usd=100))
@@ -347,7 +347,7 @@ class LedgerSuite:
         await prepare(store, tenant=1000)
 
         async def slice_of(number: int) -> int:
-            return (await store.grant_slice(f"lease-{number}", PAYER, 70, 0, NOW + HOUR)).granted
+            return (await store.grant_slice(f"lease-{number}", PAYER, 70, 0, NOW + HOUR, HOLDER)).granted
 
         async def hold_of(number: int) -> int:
             try:
@@ -361,7 +361,7 @@ class LedgerSuite:
 
     async def test_a_returned_lease_frees_all_but_what_is_still_held(self, store: Store) -> None:
         await prepare(store, tenant=1000)
-        await store.grant_slice("lease-1", PAYER, 300, 0, NOW + HOUR)
+        await store.grant_slice("lease-1", PAYER, 300, 0, NOW + HOUR, HOLDER)
         await store.return_lease("lease-1", 80, NOW + 60)
         await assert_balances(store, spent=0, held=80)
         await store.return_lease("lease-1", 80, NOW + 60)
@@ -374,7 +374,7 @@ class LedgerSuite:
 
     async def test_a_cost_that_is_known_but_not_posted_stays_reserved_when_the_lease_is_returned(self, store: Store) -> None:
         await prepare(store, tenant=1000)
-        await store.grant_slice("lease-1", PAYER, 900, 0, NOW + HOUR)
+        await store.grant_slice("lease-1", PAYER, 900, 0, NOW + HOUR, HOLDER)
         await store.post([settlement("op-1/1", amount=100, lease_id="lease-1")])
         # The replica settled 500 in all; the settlements of 400 are still on their way.
         await store.return_lease("lease-1", 500, NOW + HOUR)
@@ -388,7 +388,7 @@ class LedgerSuite:
 
     async def test_a_lease_cannot_keep_more_than_it_has_and_an_unknown_one_is_ignored(self, store: Store) -> None:
         await prepare(store, tenant=1000)
-        await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR)
+        await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         await store.return_lease("lease-1", 5000, NOW + HOUR)
         await assert_balances(store, spent=0, held=100)
         await store.return_lease("lease-1", 0, NOW + HOUR)
@@ -396,9 +396,33 @@ class LedgerSuite:
         await store.return_lease("lease-of-nobody", 10, NOW + HOUR)
         await assert_balances(store, spent=0, held=0)
 
+    async def test_a_replica_that_was_started_again_ends_what_the_one_before_held_and_nothing_else(
+        self, database: Database
+    ) -> None:
+        before, after = HOLDER, Replica(HOLDER.slot, "second")
+        async with database.open() as store:
+            await prepare(store, tenant=1000)
+            await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR, before)
+            await store.grant_slice("lease-2", PAYER, 90, 0, NOW + 5, before)
+            await store.grant_slice("lease-3", PAYER, 80, 0, NOW + HOUR, after)
+            await store.grant_slice("lease-4", PAYER, 70, 0, NOW + HOUR, Replica("gateway-2", "first"))
+            await store.grant_slice("lease-5", PAYER, 60, 0, NOW + HOUR, Replica("", "gateway-abc"))
+        # Known of by the store itself: the metering process that granted them may be gone, too.
+        async with database.open() as store:
+            assert await store.end_leases(after, NOW + 15) == 2
+            assert await store.end_leases(after, NOW + HOUR) == 2
+            assert await store.end_leases(Replica("", "gateway-def"), NOW + 1) == 0
+            assert await store.expire(NOW + 5) == 1
+            await store.post([settlement("op-1/1", amount=30, lease_id="lease-1")])
+            await assert_balances(store, spent=30, held=70 + 80 + 70 + 60)
+            assert await store.expire(NOW + 14) == 0
+            assert await store.expire(NOW + 15) == 1
+            await assert_balances(store, spent=30, held=80 + 70 + 60)
+            assert await store.end_leases(after, NOW) == 0
+
     async def test_a_late_settlement_of_a_lease_that_is_over_posts_once(self, store: Store) -> None:
         await prepare(store, tenant=1000)
-        await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR)
+        await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         assert await store.expire(NOW + HOUR) == 1
         late = settlement("op-1/1", amount=40, lease_id="lease-1")
         assert await store.post([late]) == [PostState.POSTED]
@@ -408,9 +432,9 @@ class LedgerSuite:
     async def test_a_lease_of_another_payer_is_not_extended(self, store: Store) -> None:
         await prepare(store, tenant=1000)
         await store.create_key(key("key-2"))
-        await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR)
+        await store.grant_slice("lease-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         with pytest.raises(NotFound):
-            await store.grant_slice("lease-1", Payer(ACME, "default", "key-2"), 100, 0, NOW + HOUR)
+            await store.grant_slice("lease-1", Payer(ACME, "default", "key-2"), 100, 0, NOW + HOUR, HOLDER)
         await assert_balances(store, spent=0, held=100)
 
     # Durability and the journal.
@@ -419,7 +443,7 @@ class LedgerSuite:
         async with database.open() as store:
             await prepare(store, tenant=1000, of_key=900)
             hold = await store.hold("op-1", PAYER, 100, 0, NOW + HOUR)
-            await store.grant_slice("lease-1", PAYER, 200, 0, NOW + HOUR)
+            await store.grant_slice("lease-1", PAYER, 200, 0, NOW + HOUR, HOLDER)
             await store.post([settlement("op-0/1", amount=30, lease_id="lease-1")])
             await store.create_project(Project("site", ACME, "Site", Limits(concurrency=3), NOW), "r")
             before = (
@@ -745,7 +769,7 @@ class LedgerSuite:
         await store.update_tenant(ACME, None, lambda _: Limits(budget_nano_usd=50))
         with pytest.raises(BudgetExhausted):
             await store.hold("op-2", PAYER, 1, 0, NOW + HOUR)
-        assert (await store.grant_slice("lease-1", PAYER, 1, 0, NOW + HOUR)).granted == 0
+        assert (await store.grant_slice("lease-1", PAYER, 1, 0, NOW + HOUR, HOLDER)).granted == 0
         await assert_balances(store, spent=0, held=60)
 
     async def test_a_key_is_found_by_its_digest_with_all_above_it(self, store: Store) -> None:

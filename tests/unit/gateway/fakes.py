@@ -196,6 +196,10 @@ class FakeMetering(Script):
         self.grants[request.sequence] = grant
         return grant
 
+    async def EndLeases(self, request: Any, call: Call) -> Any:
+        await self.act("EndLeases", request, call)
+        return metering_service_pb2.EndLeasesResponse()
+
     async def ReturnLease(self, request: Any, call: Call) -> Any:
         await self.act("ReturnLease", request, call)
         return metering_service_pb2.ReturnLeaseResponse()

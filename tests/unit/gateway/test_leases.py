@@ -45,6 +45,19 @@ async def test_the_first_request_waits_and_the_next_do_not() -> None:
     assert len(world.metering.asked("AcquireLease")) == 1
 
 
+async def test_the_worker_says_that_this_replica_has_started_until_it_was_heard() -> None:
+    world = World()
+    world.metering.failures["EndLeases"] = down("metering")
+    async with working(world):
+        await eventually(lambda: world.metering.asked("EndLeases"))
+        del world.metering.failures["EndLeases"]
+        lease = await world.leases.admit_waiting("acme", "key-1", 10, 1.0)
+        for count in range(2, 5):
+            world.leases._want(lease)
+            await eventually(lambda count=count: len(world.metering.asked("AcquireLease")) >= count)
+    assert [request.replica_id for request in world.metering.asked("EndLeases")] == ["gateway-test"] * 2
+
+
 async def test_many_first_requests_ask_once() -> None:
     world = World()
     world.metering.delays["AcquireLease"] = 0.02

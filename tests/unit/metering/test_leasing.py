@@ -83,6 +83,32 @@ async def test_the_money_of_a_replica_that_was_started_again_is_free_once_what_i
     assert other.lease_id != lost.lease_id
 
 
+async def test_a_metering_process_that_was_started_again_knows_whose_leases_are_over(store: Store, clock: Clock) -> None:
+    await accounts(store, budget=10_000)
+    before = leasing(store, clock)
+    await before.acquire(wish(nano_usd=1000, replica="gateway-2.before"))
+    await before.acquire(wish(nano_usd=300, replica="gateway-3.first"))
+    after = leasing(store, clock)
+    assert await after.begin("gateway-2.after") == 1
+    assert await after.begin("gateway-3.first") == 0
+    assert await after.begin("gateway-nameless") == 0
+    assert await store.expire(clock.time + 14) == 0
+    assert await store.expire(clock.time + 15) == 1
+    assert await held(store) == 300
+
+
+async def test_a_late_wish_of_a_process_that_was_followed_ends_nothing(store: Store, clock: Clock) -> None:
+    await accounts(store, budget=10_000, limits=Limits(concurrency=10))
+    leases = leasing(store, clock)
+    await leases.acquire(wish(1, nano_usd=1000, replica="gateway-2.before"))
+    granted = await leases.acquire(wish(1, nano_usd=300, replica="gateway-2.after", concurrency=10))
+    assert (await leases.acquire(wish(2, nano_usd=200, replica="gateway-2.before"))).nano_usd == 0
+    assert await store.expire(clock.time + 15) == 1
+    assert await held(store) == 300
+    # Nor does it take more of its concurrency than any other would.
+    assert (await leases.acquire(wish(2, lease=granted.lease_id, replica="gateway-2.after", concurrency=10))).concurrency == 5
+
+
 async def test_the_money_of_a_lease_that_nobody_extends_stays_for_the_grace(store: Store, clock: Clock) -> None:
     await accounts(store, budget=10_000)
     grant = await leasing(store, clock).acquire(wish(nano_usd=1000))

@@ -446,6 +446,50 @@ class ReturnLeaseResponse(_message.Message):
 Global___ReturnLeaseResponse: _TypeAlias = ReturnLeaseResponse  # noqa: Y015
 
 @_typing.final
+class EndLeasesRequest(_message.Message):
+    """EndLeasesRequest says who started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """The replica, `<name>.<incarnation>`; leases of other incarnations of the name end. Without a name there are none. Required."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndLeasesRequest: _TypeAlias = EndLeasesRequest  # noqa: Y015
+
+@_typing.final
+class EndLeasesResponse(_message.Message):
+    """EndLeasesResponse says what it came to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_COUNT_FIELD_NUMBER: _builtins.int
+    lease_count: _builtins.int
+    """Leases of earlier incarnations whose money isn't free yet; it is within 15 s."""
+    def __init__(
+        self,
+        *,
+        lease_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_count", b"lease_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndLeasesResponse: _TypeAlias = EndLeasesResponse  # noqa: Y015
+
+@_typing.final
 class HoldRequest(_message.Message):
     """HoldRequest reserves money."""
 

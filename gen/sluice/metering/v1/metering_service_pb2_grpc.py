@@ -54,6 +54,11 @@ class MeteringServiceStub(object):
                 request_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseRequest.SerializeToString,
                 response_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseResponse.FromString,
                 _registered_method=True)
+        self.EndLeases = channel.unary_unary(
+                '/sluice.metering.v1.MeteringService/EndLeases',
+                request_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesRequest.SerializeToString,
+                response_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesResponse.FromString,
+                _registered_method=True)
         self.Hold = channel.unary_unary(
                 '/sluice.metering.v1.MeteringService/Hold',
                 request_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.HoldRequest.SerializeToString,
@@ -101,6 +106,14 @@ class MeteringServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EndLeases(self, request, context):
+        """Says that a replica has started: leases of the process that was there before it, under its name, end as soon as what was cut off
+        there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Hold(self, request, context):
         """Reserves money for one operation, without a lease, at key, project and tenant in one statement. RESOURCE_EXHAUSTED
         (BUDGET_EXHAUSTED) when one of them doesn't cover it. Idempotent per `operation_id`.
@@ -141,6 +154,11 @@ def add_MeteringServiceServicer_to_server(servicer, server):
                     servicer.ReturnLease,
                     request_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseRequest.FromString,
                     response_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseResponse.SerializeToString,
+            ),
+            'EndLeases': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndLeases,
+                    request_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesRequest.FromString,
+                    response_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesResponse.SerializeToString,
             ),
             'Hold': grpc.unary_unary_rpc_method_handler(
                     servicer.Hold,
@@ -244,6 +262,33 @@ class MeteringService(object):
             '/sluice.metering.v1.MeteringService/ReturnLease',
             sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseRequest.SerializeToString,
             sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndLeases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sluice.metering.v1.MeteringService/EndLeases',
+            sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesRequest.SerializeToString,
+            sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,10 @@ class MeteringServiceStub:
     """
     ReturnLease: _grpc.UnaryUnaryMultiCallable[_metering_service_pb2.ReturnLeaseRequest, _metering_service_pb2.ReturnLeaseResponse]
     """Returns what is left of a lease. Idempotent."""
+    EndLeases: _grpc.UnaryUnaryMultiCallable[_metering_service_pb2.EndLeasesRequest, _metering_service_pb2.EndLeasesResponse]
+    """Says that a replica has started: leases of the process that was there before it, under its name, end as soon as what was cut off
+    there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
+    """
     Hold: _grpc.UnaryUnaryMultiCallable[_metering_service_pb2.HoldRequest, _metering_service_pb2.HoldResponse]
     """Reserves money for one operation, without a lease, at key, project and tenant in one statement. RESOURCE_EXHAUSTED
     (BUDGET_EXHAUSTED) when one of them doesn't cover it. Idempotent per `operation_id`.
@@ -75,6 +79,10 @@ class MeteringServiceAsyncStub(MeteringServiceStub):
     """
     ReturnLease: _aio.UnaryUnaryMultiCallable[_metering_service_pb2.ReturnLeaseRequest, _metering_service_pb2.ReturnLeaseResponse]  # type: ignore[assignment]
     """Returns what is left of a lease. Idempotent."""
+    EndLeases: _aio.UnaryUnaryMultiCallable[_metering_service_pb2.EndLeasesRequest, _metering_service_pb2.EndLeasesResponse]  # type: ignore[assignment]
+    """Says that a replica has started: leases of the process that was there before it, under its name, end as soon as what was cut off
+    there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
+    """
     Hold: _aio.UnaryUnaryMultiCallable[_metering_service_pb2.HoldRequest, _metering_service_pb2.HoldResponse]  # type: ignore[assignment]
     """Reserves money for one operation, without a lease, at key, project and tenant in one statement. RESOURCE_EXHAUSTED
     (BUDGET_EXHAUSTED) when one of them doesn't cover it. Idempotent per `operation_id`.
@@ -119,6 +127,16 @@ class MeteringServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_metering_service_pb2.ReturnLeaseResponse, _abc.Awaitable[_metering_service_pb2.ReturnLeaseResponse]]:
         """Returns what is left of a lease. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def EndLeases(
+        self,
+        request: _metering_service_pb2.EndLeasesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_metering_service_pb2.EndLeasesResponse, _abc.Awaitable[_metering_service_pb2.EndLeasesResponse]]:
+        """Says that a replica has started: leases of the process that was there before it, under its name, end as soon as what was cut off
+        there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
+        """
 
     @_abc_1.abstractmethod
     def Hold(
