@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -140,6 +141,22 @@ async def _seconds_held(client: Client) -> float | None:
             return time.monotonic() - began
         await asyncio.sleep(0.5)
     return None
+
+
+def _reservations(started: Running) -> list[str]:
+    """Holds and leases that are open, for the message of a failure."""
+    (path,) = started.directory.rglob("ledger.db")
+    now = time.time()
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        holds = connection.execute("SELECT id, tenant_id, amount, expire_time FROM holds WHERE state = 'open'").fetchall()
+        leases = connection.execute("SELECT id, tenant_id, outstanding, expire_time, slot, incarnation FROM leases").fetchall()
+    return [
+        *(f"held: {name} of {tenant}, {amount}, for {until - now:.0f} s" for name, tenant, amount, until in holds),
+        *(
+            f"held: {name} of {tenant}, {left}, for {until - now:.0f} s, by {slot}.{of}"
+            for name, tenant, left, until, slot, of in leases
+        ),
+    ]
 
 
 def _entries(client: Client) -> list[usage_service_pb2.LedgerEntry]:
@@ -302,6 +319,7 @@ def oracle_kills(context: Context) -> Result:
         asks = _asks(number, (ready.key, _second_tenant(client)))
         outcomes, kills, again = uvloop.run(_loaded(context, started, asks))
         held_seconds = uvloop.run(_seconds_held(client))
+        reservations = [] if held_seconds is not None else _reservations(started)
         found = audit(outcomes, provider.read_bill(bill), _entries(client))
         with failures():
             verdict = client.usage.VerifyLedger(
@@ -337,6 +355,7 @@ def oracle_kills(context: Context) -> Result:
         *verdict.problems,
         *again.refused,
         *found.complaints,
+        *reservations,
         f"{found.answered} answered, {left} left, {given_up} gave up; {found.executions} executions",
         f"{again.delivered_count} settlements delivered again; killed {dict(Counter(kills.names))}",
         *(f"{count} x {error}" for error, count in errors.most_common(6)),
