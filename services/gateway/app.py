@@ -23,9 +23,9 @@ from services.gateway.operations import ReplayLimits, Requests
 from services.gateway.outcomes import Outcomes
 from services.gateway.owners import Owners, Passing
 from services.gateway.plans import Plans
+from services.gateway.releases import Releases
 from services.gateway.replays import NoReplays
 from services.gateway.service import InferenceService
-from services.gateway.voids import Voids
 from services.runtime.dispatch import Binding
 from services.runtime.errors import Failure
 from services.runtime.metrics import Registry
@@ -60,7 +60,8 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
     replays = _replays(config.shared_replays, process, clock) if config.shared_replays.enabled else None
     metering = MeteringClient(metering_stub, process.replica_id, process.replicas("metering"))
     sizes = SliceSizes(config.lease.request_count, config.lease.token_count, config.lease.concurrency, config.lease.nano_usd)
-    leases = Leases(metering, clock, sizes, call_seconds=budgets.lease, max_count=config.lease.max_count)
+    releases = Releases(metering, max_count=10_000, call_seconds=budgets.background)
+    leases = Leases(metering, releases, clock, sizes, call_seconds=budgets.lease, max_count=config.lease.max_count)
     around = Surroundings(
         metering=metering,
         identities=Identities(
@@ -79,7 +80,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
             caching_stub, max_count=config.store_count, max_bytes=config.store_bytes, call_seconds=budgets.background
         ),
         hits=HitBook(metering_stub, max_count=config.hit_count, batch_seconds=0.02, call_seconds=budgets.background),
-        voids=Voids(metering, max_count=10_000, call_seconds=budgets.background),
+        releases=releases,
         requests=Requests(ReplayLimits(config.replay_count, config.replay_bytes, config.replay_seconds), clock),
         replays=replays if replays is not None else NoReplays(),
         passing=passing,
@@ -121,7 +122,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
             with contextlib.suppress(Failure, TimeoutError):
                 async with asyncio.timeout(budgets.background):
                     await around.writer.flush()
-                    await around.voids.flush()
+                    await around.releases.flush()
                     await around.hits.flush()
             await leases.give_back_all(budgets.background)
 
@@ -135,7 +136,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
                 around.identities.recheck_forever,
                 around.writer.write_forever,
                 around.hits.post_forever,
-                around.voids.void_forever,
+                releases.release_forever,
                 around.calibrations.post_forever,
                 invalidations.listen_forever,
                 *((replays.run,) if replays is not None else ()),
@@ -171,7 +172,7 @@ def _replays(config: SharedReplayConfig, process: Process, clock: Callable[[], f
 
 def _expose(registry: Registry, around: Surroundings) -> None:
     """Counts that live in the parts themselves."""
-    writer, hits, voids, outcomes, leases = around.writer, around.hits, around.voids, around.outcomes, around.leases
+    writer, hits, releases, outcomes, leases = around.writer, around.hits, around.releases, around.outcomes, around.leases
     registry.gauge("gateway_dropped_stores", "Answers not stored in the cache since too many waited.").set_function(
         lambda: writer.dropped_count
     )
@@ -186,7 +187,9 @@ def _expose(registry: Registry, around: Surroundings) -> None:
     registry.gauge("gateway_lost_owners", "Gateways that were lost while a request was passed on to them.").set_function(
         lambda: passing.lost_count
     )
-    registry.gauge("gateway_unvoided_holds", "Holds left to expire by themselves.").set_function(lambda: voids.dropped_count)
+    registry.gauge("gateway_unreleased_reservations", "Holds and leases left to expire by themselves.").set_function(
+        lambda: releases.dropped_count
+    )
     registry.gauge("gateway_lease_failures", "Leases that couldn't be renewed or returned.").set_function(
         lambda: leases.renewal_failure_count
     )

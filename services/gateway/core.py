@@ -33,15 +33,15 @@ from services.gateway.needs import find_needs
 from services.gateway.operations import OperationIds, Requests
 from services.gateway.outcomes import Outcomes, Report
 from services.gateway.owners import Passing
-from services.gateway.plans import OUTAGES, Plan, PlanFields, PlanKey, Plans, round_up
-from services.gateway.ports import Metering
+from services.gateway.plans import Plan, PlanFields, PlanKey, Plans, round_up
+from services.gateway.ports import OUTAGES, Metering
 from services.gateway.principals import Principal
 from services.gateway.receipts import Completion, Facts, receipt_to_proto
 from services.gateway.refusals import budget_exhausted, context_window_exceeded, cost_limit, no_candidate
+from services.gateway.releases import Releases
 from services.gateway.replays import Answered, Replays
 from services.gateway.sharing import Sharing
 from services.gateway.validation import Shape
-from services.gateway.voids import Voids
 from services.runtime.call import Call, Metadata
 from services.runtime.errors import Failure, Reason, deadline_exceeded, invalid
 from sluice.execution.v1 import execution_service_pb2
@@ -93,7 +93,7 @@ class Surroundings:
     cache: CacheClient
     writer: CacheWriter
     hits: HitBook
-    voids: Voids
+    releases: Releases
     requests: Requests[Answered]
     replays: Replays
     passing: Passing
@@ -764,8 +764,15 @@ class Core:
                 timeout=min(left, self._limits.lease),
             )
         except Failure as failure:
-            if failure.reason is Reason.BUDGET_EXHAUSTED and least == 0:
-                return
+            if failure.reason is Reason.BUDGET_EXHAUSTED:
+                if least == 0:
+                    return
+                raise
+            # It may be made all the same: what is lost is the answer.
+            self._around.releases.void(f"hold-{facts.operation_id}")
+            raise
+        except asyncio.CancelledError:
+            self._around.releases.void(f"hold-{facts.operation_id}")
             raise
         facts.hold = grant.amount_nano_usd
         facts.hold_id = grant.hold_id
@@ -783,8 +790,8 @@ class Core:
         if not amount:
             return
         if facts.hold_id:
-            if cost == 0:
-                self._around.voids.add(facts.hold_id)
+            if not cost:
+                self._around.releases.void(facts.hold_id, may_have_run=cost is None)
             return
         lease = facts.lease
         assert lease is not None, "a hold without its own id came from the lease"

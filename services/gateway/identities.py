@@ -13,11 +13,10 @@ from typing import Final
 
 from services.gateway.flights import Flights
 from services.gateway.leases import Leases
-from services.gateway.ports import Authentication, Metering
+from services.gateway.ports import OUTAGES, Authentication, Metering
 from services.gateway.principals import Principal
 from services.runtime.errors import Failure, Reason
 
-_OUTAGES: Final = frozenset((Reason.DEPENDENCY_UNAVAILABLE, Reason.DEADLINE_EXCEEDED, Reason.OVERLOADED, Reason.DRAINING))
 _MAX_SECRET: Final = 512
 _CHECKS_AT_ONCE: Final = 16
 _KEEP_SECONDS: Final = 300.0
@@ -141,7 +140,7 @@ class Identities:
                 if len(self._refused) < self._max_count:
                     self._refused[digest] = now + 1.0
                 raise _invalid_key() from failure
-            if failure.reason in _OUTAGES and entry is not None and self._may_go_on(entry.principal):
+            if failure.reason in OUTAGES and entry is not None and self._may_go_on(entry.principal):
                 entry.valid_until = max(entry.valid_until, now + 1.0)
                 return entry.principal
             raise

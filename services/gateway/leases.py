@@ -11,20 +11,21 @@ While metering is down, calls go on inside what the lease has until it expires; 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from services.gateway.flights import Flights
-from services.gateway.ports import Grant, LeaseWish, LimitState, Metering
+from services.gateway.ports import OUTAGES, Grant, LeaseWish, LimitState, Metering
+from services.gateway.releases import Releases
 from services.runtime.errors import Failure, Reason, unavailable
 
 _MOST_REFILLS: Final = 4
 _PLENTY: Final = 1 << 60
 """Stands for unlimited: large enough never to be used up, so that the hot path needs no second comparison."""
 _ENDLESS: Final = 1 << 59
-_OUTAGES: Final = frozenset((Reason.DEPENDENCY_UNAVAILABLE, Reason.DEADLINE_EXCEEDED, Reason.OVERLOADED, Reason.DRAINING))
 _RENEWALS_AT_ONCE: Final = 16
 _REFUSAL_SECONDS: Final = 0.25
 _FAST_SECONDS: Final = 1.0
@@ -135,6 +136,7 @@ class Leases:
     def __init__(
         self,
         metering: Metering,
+        releases: Releases,
         clock: Callable[[], float],
         sizes: SliceSizes,
         *,
@@ -143,6 +145,7 @@ class Leases:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._metering = metering
+        self._releases = releases
         self._clock = clock
         self._wall_clock = wall_clock
         self._sizes = sizes
@@ -250,7 +253,7 @@ class Leases:
         try:
             await self._refill(lease, amount, timeout)
         except Failure as failure:
-            if failure.reason not in _OUTAGES:
+            if failure.reason not in OUTAGES:
                 raise
             return False
         if self.take(lease, amount):
@@ -304,7 +307,7 @@ class Leases:
 
     async def _say_started(self) -> bool:
         try:
-            await self._metering.end_leases(timeout=self._call_seconds)
+            await self._metering.end_reservations(timeout=self._call_seconds)
         except Failure:
             # Said again when there is something to do, within a second.
             return False
@@ -333,8 +336,9 @@ class Leases:
             idle = next((lease for lease in self._leases.values() if lease.in_flight == 0), None)
             if idle is None:
                 raise Failure(Reason.OVERLOADED, "too many keys are in use at once; retry later", retry_delay=1.0)
-            # Its slices return to the store when the lease expires there.
             del self._leases[idle.key_id]
+            if idle.lease_id:
+                self._releases.give_back(idle.tenant_id, idle.lease_id, idle.owed())
         lease = self._leases[key_id] = Lease(tenant_id, key_id)
         return lease
 
@@ -399,7 +403,7 @@ class Leases:
         try:
             grant = await self._acquire(wish, timeout)
         except Failure as failure:
-            if failure.reason in _OUTAGES:
+            if failure.reason in OUTAGES:
                 now = self._clock()
                 lease.failed_until = now + 1.0
                 self.renewal_failure_count += 1
@@ -522,16 +526,20 @@ class Leases:
         lease.money = lease.held = lease.stranded = lease.spent = 0
         lease.pending = None
         if lease_id:
-            await self._metering.give_back(lease.tenant_id, lease_id, owed, timeout=self._call_seconds)
+            await self._return(lease.tenant_id, lease_id, owed, self._call_seconds)
 
     async def _give_back(self, lease: Lease, timeout: float) -> None:
-        if not lease.lease_id:
-            return
+        if lease.lease_id:
+            with contextlib.suppress(Failure):
+                await self._return(lease.tenant_id, lease.lease_id, lease.owed(), timeout)
+
+    async def _return(self, tenant_id: str, lease_id: str, owed: int, timeout: float) -> None:
         try:
-            await self._metering.give_back(lease.tenant_id, lease.lease_id, lease.owed(), timeout=timeout)
+            await self._metering.give_back(tenant_id, lease_id, owed, timeout=timeout)
         except Failure:
-            # It expires by itself.
             self.renewal_failure_count += 1
+            self._releases.give_back(tenant_id, lease_id, owed)
+            raise
 
     def _sweep(self) -> None:
         """Renews what is used and lets go what isn't."""

@@ -18,14 +18,14 @@ from google.protobuf.message import Message
 from services.gateway.breakers import Breaker
 from services.gateway.flights import Flights
 from services.gateway.holds import Tariff
+from services.gateway.ports import OUTAGES
 from services.gateway.principals import Principal
 from services.runtime.call import Metadata
-from services.runtime.errors import Failure, Reason, unavailable
+from services.runtime.errors import Failure, unavailable
 from sluice.inference.v1 import receipt_pb2
 from sluice.metering.v1 import price_pb2
 from sluice.routing.v1 import routing_service_pb2
 
-OUTAGES: Final = frozenset((Reason.DEPENDENCY_UNAVAILABLE, Reason.DEADLINE_EXCEEDED, Reason.OVERLOADED, Reason.DRAINING))
 _MAX_STALE_SECONDS: Final = 3600.0
 
 

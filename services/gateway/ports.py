@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from services.gateway.principals import Principal
+from services.runtime.errors import Reason
 
+OUTAGES: Final = frozenset((Reason.DEPENDENCY_UNAVAILABLE, Reason.DEADLINE_EXCEEDED, Reason.OVERLOADED, Reason.DRAINING))
+"""Why a service of the mesh couldn't be asked, or didn't answer in time: it may be later."""
 UNLIMITED: Final = -1
 """In a grant: there is no such limit."""
 
@@ -86,7 +89,7 @@ class Metering(Protocol):
     async def acquire(self, wish: LeaseWish, *, timeout: float) -> Grant:
         """Slices of a key's limits."""
 
-    async def end_leases(self, *, timeout: float) -> None:
+    async def end_reservations(self, *, timeout: float) -> None:
         """This replica has started: what the process in its place had is for others."""
 
     async def give_back(self, tenant_id: str, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
@@ -104,5 +107,5 @@ class Metering(Protocol):
     ) -> HoldGrant:
         """Reserves money for one operation. Failure BUDGET_EXHAUSTED when not even the least amount is there."""
 
-    async def void(self, hold_id: str, *, timeout: float) -> None:
-        """Frees a hold whose operation made no attempt."""
+    async def void(self, hold_id: str, *, may_have_run: bool, timeout: float) -> None:
+        """Frees a hold: at once, or when what may have run for it is settled. Failure RESOURCE_NOT_FOUND when there is none."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from services.metering.accounts import Level, Payer
@@ -63,7 +63,7 @@ class Wanted:
     hold_ids: set[str] = field(default_factory=set)
     lease_ids: set[str] = field(default_factory=set)
     slots: set[str] = field(default_factory=set)
-    """Whose leases."""
+    """Whose leases and open holds."""
     attempt_ids: set[str] = field(default_factory=set)
     request_keys: set[bytes] = field(default_factory=set)
     due: float | None = None
@@ -99,7 +99,7 @@ class Books:
         self.entries: list[tuple[Entry, bytes]] = []
         """Appended, each with its hash."""
 
-    def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float) -> Hold:
+    def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float, holder: Replica) -> Hold:
         """See Store.hold."""
         known = self._by_operation.get(operation_id)
         if known is not None:
@@ -113,20 +113,23 @@ class Books:
             if left is None or least <= 0 or left < least or not self._reserve(payer, left):
                 raise BudgetExhausted(level, amount, left or 0)
             taken = left
-        hold = Hold(f"hold-{operation_id}", operation_id, payer, taken, HoldState.OPEN, expire_time, left, level)
+        hold = Hold(f"hold-{operation_id}", operation_id, payer, taken, HoldState.OPEN, expire_time, left, level, holder)
         self._by_operation[operation_id] = hold.id
         self._set_hold(hold)
         return hold
 
-    def void_hold(self, hold_id: str) -> HoldState:
+    def void_hold(self, hold_id: str, expire_time: float | None) -> HoldState:
         """See Store.void_hold."""
         hold = self.holds.get(hold_id)
         if hold is None:
             raise NotFound(f"holds/{hold_id}")
-        if hold.state is HoldState.OPEN:
-            self._end_hold(hold, HoldState.VOIDED)
-            return HoldState.VOIDED
-        return hold.state
+        if hold.state is not HoldState.OPEN:
+            return hold.state
+        if expire_time is not None:
+            self._end_hold_at(hold, expire_time)
+            return HoldState.OPEN
+        self._end_hold(hold, HoldState.VOIDED)
+        return HoldState.VOIDED
 
     def grant_slice(self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float, holder: Replica) -> Slice:
         """See Store.grant_slice."""
@@ -161,8 +164,8 @@ class Books:
         else:
             del self.leases[lease_id]
 
-    def end_leases(self, survivor: Replica, expire_time: float) -> int:
-        """See Store.end_leases."""
+    def end_reservations(self, survivor: Replica, expire_time: float) -> int:
+        """See Store.end_reservations."""
         ended = 0
         for lease_id, lease in self.leases.items():
             if lease.holder.slot == survivor.slot and lease.holder != survivor:
@@ -170,6 +173,10 @@ class Books:
                 if lease.expire_time > expire_time:
                     lease.expire_time = expire_time
                     self.changed_leases.add(lease_id)
+        for hold in list(self.holds.values()):
+            if hold.state is HoldState.OPEN and hold.holder.slot == survivor.slot and hold.holder != survivor:
+                ended += 1
+                self._end_hold_at(hold, expire_time)
         return ended
 
     def post(self, settlements: Sequence[Settlement]) -> list[PostState]:
@@ -275,18 +282,11 @@ class Books:
 
     def _end_hold(self, hold: Hold, state: HoldState) -> None:
         self._free(hold.payer, hold.amount)
-        self._set_hold(
-            Hold(
-                hold.id,
-                hold.operation_id,
-                hold.payer,
-                hold.amount,
-                state,
-                hold.expire_time,
-                hold.budget_before,
-                hold.budget_level,
-            )
-        )
+        self._set_hold(replace(hold, state=state))
+
+    def _end_hold_at(self, hold: Hold, expire_time: float) -> None:
+        if expire_time < hold.expire_time:
+            self._set_hold(replace(hold, expire_time=expire_time))
 
     def _set_hold(self, hold: Hold) -> None:
         self.holds[hold.id] = hold
@@ -316,6 +316,7 @@ class TakeHold(Operation):
     amount: int
     least: int
     expire_time: float
+    holder: Replica
 
     def wants(self, wanted: Wanted) -> None:
         """See Operation."""
@@ -324,7 +325,7 @@ class TakeHold(Operation):
 
     def apply(self, books: Books) -> Hold:
         """See Operation."""
-        return books.hold(self.operation_id, self.payer, self.amount, self.least, self.expire_time)
+        return books.hold(self.operation_id, self.payer, self.amount, self.least, self.expire_time, self.holder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +333,7 @@ class VoidHold(Operation):
     """Store.void_hold."""
 
     hold_id: str
+    expire_time: float | None
 
     def wants(self, wanted: Wanted) -> None:
         """See Operation."""
@@ -339,7 +341,7 @@ class VoidHold(Operation):
 
     def apply(self, books: Books) -> HoldState:
         """See Operation."""
-        return books.void_hold(self.hold_id)
+        return books.void_hold(self.hold_id, self.expire_time)
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,8 +383,8 @@ class ReturnLease(Operation):
 
 
 @dataclass(frozen=True, slots=True)
-class EndLeases(Operation):
-    """Store.end_leases."""
+class EndReservations(Operation):
+    """Store.end_reservations."""
 
     survivor: Replica
     expire_time: float
@@ -393,7 +395,7 @@ class EndLeases(Operation):
 
     def apply(self, books: Books) -> int:
         """See Operation."""
-        return books.end_leases(self.survivor, self.expire_time)
+        return books.end_reservations(self.survivor, self.expire_time)
 
 
 @dataclass(frozen=True, slots=True)

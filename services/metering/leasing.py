@@ -12,15 +12,15 @@ from typing import Final
 
 from services.metering.accounts import Level, Limits, Payer
 from services.metering.errors import KeyUnknown
-from services.metering.ledger import Replica, Slice
+from services.metering.ledger import Hold, HoldState, Replica, Slice
 from services.metering.limits import UNLIMITED, Concurrency, Rates
 from services.metering.ports import Chain, Store
 
 _MOST_ANSWERS: Final = 100_000
 _MOST_FOLLOWED: Final = 10_000
 _SETTLE_SECONDS: Final = 15.0
-"""After a lease's replica has let go of it, or was lost: by then what ran there is settled. Execution posts within milliseconds, and within
-seconds of its own restart."""
+"""After the replica of a lease or hold has let go of it, or was lost: by then what ran there is settled. Execution posts within
+milliseconds, and within seconds of its own restart. What comes later is posted all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,8 @@ class Leasing:
 
     async def begin(self, replica_id: str) -> int:
         """A replica that is new here: what ran in the one before it, in its slot, has ended with that one, and nobody may wait for the
-        leases of then to end by themselves. Returns how many there are whose money isn't free yet; it is once what was cut off is settled.
+        leases and holds of then to end by themselves. Returns how many there are whose money isn't free yet; it is once what was cut off is
+        settled.
         """
         replica = Replica.of(replica_id)
         if not replica.slot:
@@ -171,7 +172,7 @@ class Leasing:
             self._followed[before] = None
             if len(self._followed) > _MOST_FOLLOWED:
                 self._followed.popitem(last=False)
-        return await self._store.end_leases(replica, self._clock() + min(self._grace, _SETTLE_SECONDS))
+        return await self._store.end_reservations(replica, self._settled())
 
     def _forget(self, replica_id: str) -> None:
         self._replicas.pop(replica_id, None)
@@ -194,7 +195,21 @@ class Leasing:
         self._concurrency.release(lease_id)
         for leases in self._leases_of.values():
             leases.discard(lease_id)
-        await self._store.return_lease(lease_id, owed, self._clock() + min(self._grace, _SETTLE_SECONDS))
+        await self._store.return_lease(lease_id, owed, self._settled())
+
+    async def hold(self, replica_id: str, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float) -> Hold:
+        """Reserves money for one operation of a replica. Raises BudgetExhausted."""
+        if replica_id in self._followed:
+            # The process that asked has ended since.
+            expire_time = min(expire_time, self._settled())
+        return await self._store.hold(operation_id, payer, amount, least, expire_time, Replica.of(replica_id))
+
+    async def void_hold(self, hold_id: str, *, may_have_run: bool) -> HoldState:
+        """Frees a hold: at once, or when what may have run for it is settled. Raises NotFound."""
+        return await self._store.void_hold(hold_id, self._settled() if may_have_run else None)
+
+    def _settled(self) -> float:
+        return self._clock() + min(self._grace, _SETTLE_SECONDS)
 
     def _limits(self, chain: Chain, kind: str) -> dict[str, int]:
         """Limits by name of the account, unlimited ones left out."""

@@ -121,6 +121,21 @@ class HoldState(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Replica:
+    """A process that has leases and holds."""
+
+    slot: str
+    """Its name, which the process that is started in its place has, too. Empty: nobody is."""
+    incarnation: str
+
+    @classmethod
+    def of(cls, replica_id: str) -> Replica:
+        """From an id: `<slot>.<incarnation>`, or without a dot for one that has no name."""
+        slot, _, incarnation = replica_id.rpartition(".")
+        return cls(slot, incarnation)
+
+
+@dataclass(frozen=True, slots=True)
 class Hold:
     """Money reserved for one operation."""
 
@@ -133,21 +148,7 @@ class Hold:
     budget_before: int | None
     """Left of the tightest budget before the hold; None: no budget is set."""
     budget_level: str
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """A process that holds leases."""
-
-    slot: str
-    """Its name, which the process that is started in its place has, too. Empty: nobody is."""
-    incarnation: str
-
-    @classmethod
-    def of(cls, replica_id: str) -> Replica:
-        """From an id: `<slot>.<incarnation>`, or without a dot for one that has no name."""
-        slot, _, incarnation = replica_id.rpartition(".")
-        return cls(slot, incarnation)
+    holder: Replica
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,13 +109,13 @@ class Store(Protocol):
     async def revoke_key(self, key_id: str, now: float) -> Key:
         """Ends a key; a second time changes nothing. Raises NotFound."""
 
-    async def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float) -> Hold:
+    async def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float, holder: Replica) -> Hold:
         """Reserves at all three accounts or at none. Idempotent per operation. Raises BudgetExhausted, and Exists when another
         payer has a hold for the operation.
         """
 
-    async def void_hold(self, hold_id: str) -> HoldState:
-        """Frees an open hold; returns the state that it has then. Raises NotFound."""
+    async def void_hold(self, hold_id: str, expire_time: float | None = None) -> HoldState:
+        """Frees an open hold, at `expire_time` unless it ends sooner (None: at once); returns the state that it has then. Raises NotFound."""
 
     async def grant_slice(
         self, lease_id: str, payer: Payer, wanted: int, reserve: int, expire_time: float, holder: Replica
@@ -130,8 +130,8 @@ class Store(Protocol):
         Repeated calls change nothing. Unknown leases are ignored.
         """
 
-    async def end_leases(self, survivor: Replica, expire_time: float) -> int:
-        """Leases of other incarnations of this slot end at `expire_time` unless they end sooner; returns how many there are."""
+    async def end_reservations(self, survivor: Replica, expire_time: float) -> int:
+        """Leases and open holds of other incarnations of this slot end at `expire_time` unless they end sooner; returns how many there are."""
 
     async def post(self, settlements: Sequence[Settlement]) -> list[PostState]:
         """Posts each once by its attempt id, all or none in one transaction."""

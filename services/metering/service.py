@@ -86,10 +86,10 @@ class MeteringServicer:
         )
         return grant_to_proto(await self._leasing.acquire(wish))
 
-    async def EndLeases(self, request: pb2.EndLeasesRequest, call: Call) -> pb2.EndLeasesResponse:
+    async def EndReservations(self, request: pb2.EndReservationsRequest, call: Call) -> pb2.EndReservationsResponse:
         """See the proto."""
         required(request.replica_id, "replica_id")
-        return pb2.EndLeasesResponse(lease_count=await self._leasing.begin(request.replica_id))
+        return pb2.EndReservationsResponse(reservation_count=await self._leasing.begin(request.replica_id))
 
     async def ReturnLease(self, request: pb2.ReturnLeaseRequest, call: Call) -> pb2.ReturnLeaseResponse:
         """See the proto."""
@@ -111,7 +111,8 @@ class MeteringServicer:
         chain = await self._store.chain_by_key(request.key_id)
         if chain is None or not chain.key.is_active(time.time()):
             raise KeyUnknown
-        hold = await self._store.hold(
+        hold = await self._leasing.hold(
+            request.replica_id,
             request.operation_id,
             Payer(chain.tenant.id, chain.project.id, chain.key.id),
             request.amount_nano_usd,
@@ -128,7 +129,8 @@ class MeteringServicer:
     async def VoidHold(self, request: pb2.VoidHoldRequest, call: Call) -> pb2.VoidHoldResponse:
         """See the proto."""
         required(request.hold_id, "hold_id")
-        return pb2.VoidHoldResponse(state=HOLD_STATES[await self._store.void_hold(request.hold_id)])
+        state = await self._leasing.void_hold(request.hold_id, may_have_run=request.may_have_run)
+        return pb2.VoidHoldResponse(state=HOLD_STATES[state])
 
     async def PostSettlements(self, request: pb2.PostSettlementsRequest, call: Call) -> pb2.PostSettlementsResponse:
         """See the proto."""

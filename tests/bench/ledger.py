@@ -20,7 +20,7 @@ from services.metering.adapters import postgres as postgres_store
 from services.metering.adapters import sqlite
 from services.metering.ports import Store
 from tests import postgres
-from tests.conformance.ledger.examples import ACME, HOUR, NOW, PAYER, key, settlement
+from tests.conformance.ledger.examples import ACME, HOLDER, HOUR, NOW, PAYER, key, settlement
 
 _CALLERS: Final = 256
 _GROUP: Final = 64
@@ -196,7 +196,7 @@ async def _pairs(store: Store, pairs: int, callers: int, prefix: str) -> list[fl
     async def call() -> None:
         for number in numbers:
             began = time.perf_counter()
-            hold = await store.hold(f"{prefix}-{number}", PAYER, 100, 0, NOW + HOUR)
+            hold = await store.hold(f"{prefix}-{number}", PAYER, 100, 0, NOW + HOUR, HOLDER)
             seconds.append(time.perf_counter() - began)
             await store.post([settlement(f"{prefix}-{number}/1", amount=50, hold_id=hold.id, final=True)])
 

@@ -116,7 +116,7 @@ class Metering:
     async def _unused(self, request: Any, call: Call) -> Any:
         raise AssertionError("batching calls Authenticate only")
 
-    AcquireLease = EndLeases = ReturnLease = Hold = VoidHold = PostSettlements = _unused
+    AcquireLease = EndReservations = ReturnLease = Hold = VoidHold = PostSettlements = _unused
 
 
 def key_digest(tenant: str) -> bytes:

@@ -12,9 +12,9 @@ _SERVICES: Final = Path(__file__).resolve().parents[2] / "services"
 MODULES: Final = (
     "gateway/core.py",
     "gateway/leases.py",
+    "gateway/releases.py",
     "gateway/flights.py",
     "gateway/sharing.py",
-    "gateway/voids.py",
     "gateway/service.py",
     "gateway/adapters/metering.py",
     "execution/attempts.py",

@@ -78,7 +78,6 @@ def when_quiet(world: World) -> None:
         elif isinstance(process, Gateway):
             _leases(world, process)
             _free_money(world, process)
-    _holds(world)
     posted = {entry.attempt_id for entry in _entries(world)}
     for attempt in world.records.starts:
         if attempt not in posted and attempt not in world.disk.lost:
@@ -109,21 +108,12 @@ def _free_money(world: World, gateway: Gateway) -> None:
             world.wrong(f"{gateway.node.name} may spend {lease.money} of {lease.key_id}, of which the ledger holds {reserved}")
 
 
-def _holds(world: World) -> None:
-    """A hold stays open only where its gateway doesn't know of it any more, can't know whether execution began, or execution was killed
-    between two attempts, or with a full disk: then it ends by its time."""
-    living = {process.node.name: process for process in world.processes.values() if isinstance(process, Gateway)}
-    begun = {record.operation_id for record in world.records.starts.values()}
+def when_settled(world: World) -> None:
+    """Whoever was killed meanwhile, no hold is left. One that arrived twice ends by its time."""
     rows = world.connection.execute("SELECT operation_id, amount FROM holds WHERE state = 'open'").fetchall()
     for operation, amount in rows:
-        gateway = living.get(world.records.held_by.get(operation, ""))
-        if gateway is None or gateway.voids.dropped_count:
-            continue
-        if any(attempt.startswith(f"{operation}/") for attempt in world.disk.unwritten | world.disk.lost.keys()):
-            continue
-        if operation in world.records.cut_off or (operation in world.records.holds and operation not in begun):
-            continue
-        world.wrong(f"the hold of {operation} over {amount} is left open")
+        if operation not in world.records.asked_again:
+            world.wrong(f"the hold of {operation} over {amount} is left open")
 
 
 def at_the_end(world: World, *, expired: bool = True) -> None:

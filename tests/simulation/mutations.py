@@ -11,7 +11,7 @@ from unittest import mock
 from services.execution.spool import Begun, Spool
 from services.gateway import core
 from services.gateway.leases import Lease, Leases
-from services.gateway.voids import Voids
+from services.gateway.releases import Releases
 from services.metering.adapters import sqlite
 from services.metering.adapters.sqlite import SqliteStore, _Job
 from services.runtime.errors import Failure
@@ -44,7 +44,7 @@ def confirmed_before_the_commit(world: World) -> contextlib.AbstractContextManag
 
 def holds_are_not_voided(world: World) -> contextlib.AbstractContextManager[Any]:
     """A hold of which nothing was spent stays until its time is over."""
-    return mock.patch.object(Voids, "add", return_value=None)
+    return mock.patch.object(Releases, "void", return_value=None)
 
 
 def spool_dropped_before_it_is_posted(world: World) -> contextlib.AbstractContextManager[Any]:

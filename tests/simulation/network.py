@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from services.runtime.call import Call, Caller, CallerKind
 from services.runtime.dispatch import Binding, Method, Table, build_table
@@ -48,6 +49,9 @@ class Fate(enum.Enum):
 
 
 _TROUBLES = tuple(fate for fate in Fate if fate is not Fate.ARRIVES)
+
+
+_OPERATION: Final = re.compile(rb"[0-9A-HJKMNP-TV-Z]{26}")
 
 
 class _LinkLost(Exception):
@@ -106,11 +110,8 @@ class Network:
     count: int = 0
     watch: Callable[[Node, str, Any, bool], None] = lambda *_: None
     """Is told of each call when it is sent (False) and of each unary one when its answer has come (True): client, method, request."""
-
-    cut_off: Callable[[str, bytes], None] = lambda *_: None
-    """Is told of each call whose server died under it: method, request."""
-    given_up: Callable[[str, bytes], None] = lambda *_: None
-    """Is told of each call that was cancelled while there was nobody to send it to."""
+    again: Callable[[str, bytes], None] = lambda *_: None
+    """Is told of each request that arrives a second time: method, request."""
 
     def pick(self, service: str) -> Node | None:
         """A process that serves."""
@@ -136,7 +137,6 @@ class Network:
             if exchange.server is not node:
                 other.loop.call_later(self.universe.pause(), exchange.hang_up)
                 continue
-            self.cut_off(exchange.method, exchange.data)
             if self.universe.may(0.9):
                 other.loop.call_later(self.universe.pause(), exchange.broke)
 
@@ -155,6 +155,8 @@ class _Exchange:
         self.timeout = timeout
         self.metadata = dict(metadata)
         self.number = network.count = network.count + 1
+        found = _OPERATION.search(data)
+        self.about = f" {found[0].decode()}" if found is not None else ""
         self.fate = Fate.ARRIVES
         self.open = True
         """The caller still waits."""
@@ -171,7 +173,7 @@ class _Exchange:
         server.exchanges[self] = None
 
     def __repr__(self) -> str:
-        return f"{self.client.name} -> {self.server.name} {self.method.rpartition('/')[2]} [{self.number}]"
+        return f"{self.client.name} -> {self.server.name} {self.method.rpartition('/')[2]} [{self.number}]{self.about}"
 
     # The caller's side.
 
@@ -207,6 +209,7 @@ class _Exchange:
             copy.open = False
             self.network.universe.log(f"{copy!r} again")
             copy._to_server(0.0, copy._arrive)
+            self.network.again(self.method, self.data)
 
     def _to_server(self, delay: float, callback: Callable[[], None]) -> None:
         # What is sent on one call arrives in order.
@@ -363,7 +366,7 @@ class Channel:
         self._client = client
         self._service = service
 
-    async def _available(self, method: str, request: Any, deadline: float, *, sent: bool) -> Node:
+    async def _available(self, deadline: float, *, sent: bool) -> Node:
         loop = self._client.loop
         limit = min(deadline, loop.time() + _WAIT_READY)
         while (server := self._network.pick(self._service)) is None:
@@ -372,11 +375,7 @@ class Channel:
                     raise self._late(sent=sent)
                 failure = unavailable(self._service, f"no replica of {self._service} can be reached")
                 raise failure if sent else NotSent.of(failure)
-            try:
-                await asyncio.sleep(0.01)
-            except asyncio.CancelledError:
-                self._network.given_up(method, request.SerializeToString())
-                raise
+            await asyncio.sleep(0.01)
         return server
 
     def _late(self, *, sent: bool) -> Failure:
@@ -387,7 +386,7 @@ class Channel:
         self, method: str, request: Any, deadline: float, metadata: Metadata, *, streaming: bool, sent: bool = False
     ) -> _Exchange:
         self._client.loop.check()
-        server = await self._available(method, request, deadline, sent=sent)
+        server = await self._available(deadline, sent=sent)
         left = deadline - self._client.loop.time()
         if left <= 0:
             raise self._late(sent=sent)

@@ -26,9 +26,9 @@ from services.gateway.operations import OperationIds, ReplayLimits, Requests
 from services.gateway.outcomes import Outcomes
 from services.gateway.owners import Owners, Passing
 from services.gateway.plans import Plans
+from services.gateway.releases import Releases
 from services.gateway.replays import NoReplays
 from services.gateway.service import InferenceService
-from services.gateway.voids import Voids
 from services.metering.errors import StoreUnavailable
 from services.metering.leasing import Defaults, Leasing
 from services.metering.pricebook import PriceBook
@@ -101,8 +101,8 @@ class Gateway:
         execution: Any = ExecutionServiceStub(to_execution)
         port = MeteringClient(metering, node.name)
         sizes = SliceSizes(32, 200_000, 8, settings.slice_nano_usd)
-        self.leases = Leases(port, clock, sizes, call_seconds=2.0, wall_clock=wall)
-        self.voids = Voids(port, max_count=10_000, call_seconds=_PATIENCE)
+        self.releases = Releases(port, max_count=10_000, call_seconds=_PATIENCE)
+        self.leases = Leases(port, self.releases, clock, sizes, call_seconds=2.0, wall_clock=wall)
         self.around = Surroundings(
             metering=port,
             identities=Identities(port, self.leases, clock, wall, recheck_seconds=30.0, call_seconds=2.0, max_count=100),
@@ -111,7 +111,7 @@ class Gateway:
             cache=CacheClient(caching, clock, lookup_seconds=0.25),
             writer=CacheWriter(caching, max_count=1024, max_bytes=1 << 20, call_seconds=_PATIENCE),
             hits=HitBook(metering, max_count=1000, batch_seconds=0.02, call_seconds=_PATIENCE),
-            voids=self.voids,
+            releases=self.releases,
             requests=Requests(ReplayLimits(1000, 1 << 20, 86_400.0), clock),
             replays=NoReplays(),
             passing=Passing(Owners(None, node.name), clock),
@@ -145,7 +145,7 @@ class Gateway:
                 around.identities.recheck_forever,
                 around.writer.write_forever,
                 around.hits.post_forever,
-                self.voids.void_forever,
+                self.releases.release_forever,
                 around.calibrations.post_forever,
             ),
         )
@@ -160,7 +160,7 @@ class Gateway:
         try:
             async with asyncio.timeout(_PATIENCE):
                 await self.around.writer.flush()
-                await self.voids.flush()
+                await self.releases.flush()
                 await self.around.hits.flush()
         except (Failure, TimeoutError):
             pass
@@ -231,6 +231,8 @@ class Execution:
         self.node.serving = False
         await self._servicer.wait_idle(10.0)
         await self.spool.flush(_PATIENCE)
+        # As the server does when it stops: a call may have been on its way since before.
+        await self._servicer.wait_idle(10.0)
         self.spool.close()
 
     def died(self) -> None:

@@ -15,13 +15,12 @@ from services.metering.accounts import Key, Limits, Tenant
 from services.metering.adapters.sqlite import verify_connection
 from services.metering.ledger import GENESIS, Head
 from services.runtime.errors import Failure, Reason
-from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
 from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from sluice.metering.v1 import metering_service_pb2
 from tests.simulation import disk as disks
 from tests.simulation import peers
-from tests.simulation.checks import at_a_confirmation, at_an_answer, at_commit, at_the_end, when_quiet
+from tests.simulation.checks import at_a_confirmation, at_an_answer, at_commit, at_the_end, when_quiet, when_settled
 from tests.simulation.network import Channel, Network, Node
 from tests.simulation.nodes import Execution, Gateway, Metering, Settings
 from tests.simulation.store import empty_database
@@ -33,18 +32,18 @@ KEYS: Final = ("key-1", "key-2")
 _TROUBLE_SECONDS: Final = 12.0
 _QUIET_SECONDS: Final = 14.0
 """The longest call, and the pauses of a spool whose ledger was away."""
+_SETTLE_SECONDS: Final = 18.0
+"""Until what nobody needs any more is free, whoever was killed: 15 s, and what the store takes to look."""
 _EXPIRY_SECONDS: Final = 90.0
 """Until every hold and lease is over."""
 _MOST_KILLS: Final = 12
 _FAULTS: Final = frozenset((Reason.INTERNAL, Reason.REQUEST_INVALID, Reason.REQUEST_ID_REUSED, Reason.STATE_CONFLICT))
 """What no caller of this simulation may be told."""
 
-_EXECUTED: Final[Mapping[str, Any]] = {
-    "/sluice.execution.v1.ExecutionService/Complete": execution_service_pb2.CompleteRequest,
-    "/sluice.execution.v1.ExecutionService/StreamComplete": execution_service_pb2.StreamCompleteRequest,
-    "/sluice.execution.v1.ExecutionService/Embed": execution_service_pb2.EmbedRequest,
-}
-"""Calls that spend money, and their requests."""
+_EXECUTED: Final = frozenset(
+    f"/sluice.execution.v1.ExecutionService/{method}" for method in ("Complete", "StreamComplete", "Embed")
+)
+"""Calls that spend money."""
 
 Process = Gateway | Execution | Metering
 Break = Callable[["World"], contextlib.AbstractContextManager[None]]
@@ -146,10 +145,8 @@ class Records:
     """By reason."""
     holds: dict[str, int] = field(default_factory=dict)
     """What was held for an operation when it was sent to execution."""
-    held_by: dict[str, str] = field(default_factory=dict)
-    """The gateway that knows of a hold of its own, by operation."""
-    cut_off: set[str] = field(default_factory=set)
-    """Operations that execution was killed under, or whose caller left while there was no execution to send them to."""
+    asked_again: set[str] = field(default_factory=set)
+    """Operations whose Hold arrived a second time: that one may be granted after the first was refused or freed, unknown to anybody."""
     kills: int = 0
     killed_at: set[tuple[str, int]] = field(default_factory=set)
     """File and line of what waited in a process that was killed."""
@@ -191,9 +188,7 @@ class World:
         self.records = Records()
         self.problems: list[str] = []
         self.book = peers.book()
-        self.network = Network(
-            universe, reliable=frozenset({"peers"}), watch=self._watched, cut_off=self._cut_off, given_up=self._cut_off
-        )
+        self.network = Network(universe, reliable=frozenset({"peers"}), watch=self._watched, again=self._again)
         self.disk = disks.Disk(universe, self._recorded)
         self.vendor = Vendor(universe, universe.loop("vendor"), peers.prices(self.book))
         self.connection = empty_database()
@@ -213,15 +208,12 @@ class World:
     def _watched(self, client: Node, method: str, request: Any, is_answered: bool) -> None:
         if method in _EXECUTED:
             self.records.holds[request.operation_id] = request.billing.hold_nano_usd
-        elif method.endswith("/Hold") and is_answered:
-            self.records.held_by[request.operation_id] = client.name
         elif method.endswith("/PostSettlements") and is_answered:
             at_a_confirmation(self, [settlement.attempt_id for settlement in request.settlements])
 
-    def _cut_off(self, method: str, data: bytes) -> None:
-        kind = _EXECUTED.get(method)
-        if kind is not None:
-            self.records.cut_off.add(kind.FromString(data).operation_id)
+    def _again(self, method: str, data: bytes) -> None:
+        if method.endswith("/Hold"):
+            self.records.asked_again.add(metering_service_pb2.HoldRequest.FromString(data).operation_id)
 
     def wrong(self, text: str) -> None:
         """Something that was promised doesn't hold."""
@@ -434,6 +426,8 @@ class World:
                 self.wrong(f"a caller: {caller.exception()!r}")
         universe.run(universe.now + _QUIET_SECONDS, lambda: False)
         when_quiet(self)
+        universe.run(universe.now + _SETTLE_SECONDS, lambda: False)
+        when_settled(self)
         self.head = verify_connection(self.connection, None).head
         self._stop_gateways()
         universe.log("--- until everything has expired")

@@ -51,10 +51,10 @@ class MeteringClient:
         )
         return grant_from_proto(await self._of_tenant(wish.tenant_id, "AcquireLease", request, timeout))
 
-    async def end_leases(self, *, timeout: float) -> None:
+    async def end_reservations(self, *, timeout: float) -> None:
         """As the port says."""
-        request = metering_service_pb2.EndLeasesRequest(replica_id=self._replica_id)
-        await self._stub.EndLeases(request, timeout=timeout)
+        request = metering_service_pb2.EndReservationsRequest(replica_id=self._replica_id)
+        await self._stub.EndReservations(request, timeout=timeout)
 
     async def give_back(self, tenant_id: str, lease_id: str, owed_nano_usd: int, *, timeout: float) -> None:
         """As the port says."""
@@ -99,15 +99,17 @@ class MeteringClient:
                 amount_nano_usd=amount_nano_usd,
                 min_amount_nano_usd=min_amount_nano_usd,
                 expire_time=timestamp(int(expire_time * 1e9)),
+                replica_id=self._replica_id,
             ),
             timeout=timeout,
         )
         before = response.budget_before_nano_usd if response.HasField("budget_before_nano_usd") else None
         return HoldGrant(response.hold_id, response.amount_nano_usd, before, response.budget_level)
 
-    async def void(self, hold_id: str, *, timeout: float) -> None:
+    async def void(self, hold_id: str, *, may_have_run: bool, timeout: float) -> None:
         """As the port says."""
-        await self._stub.VoidHold(metering_service_pb2.VoidHoldRequest(hold_id=hold_id), timeout=timeout)
+        request = metering_service_pb2.VoidHoldRequest(hold_id=hold_id, may_have_run=may_have_run)
+        await self._stub.VoidHold(request, timeout=timeout)
 
 
 def principal_from_proto(identity: metering_service_pb2.Identity) -> Principal:

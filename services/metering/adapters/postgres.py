@@ -40,7 +40,7 @@ from services.metering.audit import Audit
 from services.metering.books import (
     Account,
     Books,
-    EndLeases,
+    EndReservations,
     Expire,
     GrantSlice,
     Lease,
@@ -120,13 +120,14 @@ _KEY_ROWS: Final = sa.select(
 ).join(ACCOUNTS, ACCOUNTS.c.name == "key/" + KEYS.c.id).order_by(KEYS.c.id)  # fmt: skip
 
 _ENTRY_NAMES: Final = ", ".join(Entry._fields)
-_HOLD_NAMES: Final = "id, operation_id, tenant_id, project_id, key_id, amount, state, expire_time, budget_before, budget_level"
+_HOLD_NAMES: Final = "id, operation_id, tenant_id, project_id, key_id, amount, state, expire_time, budget_before, budget_level, slot, incarnation"
 _LEASE_NAMES: Final = "id, tenant_id, project_id, key_id, outstanding, expire_time, posted, slot, incarnation"
 _TAKE_LOCK: Final = "SELECT pg_advisory_xact_lock($1::bigint)"
 _READ_HOLDS: Final = f"SELECT {_HOLD_NAMES} FROM holds WHERE operation_id = ANY($1::text[]) OR id = ANY($2::text[])"
 _READ_DUE_HOLDS: Final = (
     f"SELECT {_HOLD_NAMES} FROM holds WHERE state = 'open' AND expire_time <= $1::float8 LIMIT {_MOST_EXPIRED}"
 )
+_READ_HOLDS_OF: Final = f"SELECT {_HOLD_NAMES} FROM holds WHERE state = 'open' AND slot = ANY($1::text[])"
 _READ_LEASES: Final = f"SELECT {_LEASE_NAMES} FROM leases WHERE id = ANY($1::text[])"
 _READ_LEASES_OF: Final = f"SELECT {_LEASE_NAMES} FROM leases WHERE slot = ANY($1::text[])"
 _READ_DUE_LEASES: Final = f"SELECT {_LEASE_NAMES} FROM leases WHERE expire_time <= $1::float8 LIMIT {_MOST_EXPIRED}"
@@ -169,7 +170,7 @@ def _write_statement() -> str:
           ON CONFLICT (name) DO UPDATE SET spent = EXCLUDED.spent, held = EXCLUDED.held
         ), changed_holds AS (
           INSERT INTO holds ({_HOLD_NAMES}) SELECT * FROM {_unnested(hold_types, holds_at)}
-          ON CONFLICT (id) DO UPDATE SET state = EXCLUDED.state
+          ON CONFLICT (id) DO UPDATE SET state = EXCLUDED.state, expire_time = EXCLUDED.expire_time
         ), changed_leases AS (
           INSERT INTO leases ({_LEASE_NAMES}) SELECT * FROM {_unnested(lease_types, leases_at)}
           ON CONFLICT (id) DO UPDATE SET
@@ -484,14 +485,14 @@ class PostgresStore:
 
         return await self._changed(change)
 
-    async def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float) -> Hold:
+    async def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float, holder: Replica) -> Hold:
         """See Store."""
-        hold: Hold = await self._written(TakeHold(operation_id, payer, amount, least, expire_time))
+        hold: Hold = await self._written(TakeHold(operation_id, payer, amount, least, expire_time, holder))
         return hold
 
-    async def void_hold(self, hold_id: str) -> HoldState:
+    async def void_hold(self, hold_id: str, expire_time: float | None = None) -> HoldState:
         """See Store."""
-        state: HoldState = await self._written(VoidHold(hold_id))
+        state: HoldState = await self._written(VoidHold(hold_id, expire_time))
         return state
 
     async def grant_slice(
@@ -505,11 +506,11 @@ class PostgresStore:
         """See Store."""
         await self._written(ReturnLease(lease_id, owed, expire_time))
 
-    async def end_leases(self, survivor: Replica, expire_time: float) -> int:
+    async def end_reservations(self, survivor: Replica, expire_time: float) -> int:
         """See Store."""
         if not survivor.slot:
             return 0
-        ended: int = await self._written(EndLeases(survivor, expire_time))
+        ended: int = await self._written(EndReservations(survivor, expire_time))
         return ended
 
     async def post(self, settlements: Sequence[Settlement]) -> list[PostState]:
@@ -634,6 +635,7 @@ async def _read(c: AsyncConnection, wanted: Wanted) -> Books:
         leases |= map(_lease_of, await c.exec_driver_sql(_READ_LEASES, (list(wanted.lease_ids),)))
     if wanted.slots:
         leases |= map(_lease_of, await c.exec_driver_sql(_READ_LEASES_OF, (list(wanted.slots),)))
+        holds += map(_hold_of, await c.exec_driver_sql(_READ_HOLDS_OF, (list(wanted.slots),)))
     if wanted.due is not None:
         holds += map(_hold_of, await c.exec_driver_sql(_READ_DUE_HOLDS, (wanted.due,)))
         leases |= map(_lease_of, await c.exec_driver_sql(_READ_DUE_LEASES, (wanted.due,)))
@@ -663,7 +665,7 @@ async def _write(c: AsyncConnection, books: Books) -> None:
     leases = [_lease_row(name, books.leases[name]) for name in sorted(books.changed_leases) if name in books.leases]
     first = books.head.sequence - len(books.entries) + 1
     entries = [(number, *entry, hashed) for number, (entry, hashed) in enumerate(books.entries, first)]
-    values: list[Any] = [*_columns(accounts, 3), *_columns(holds, 10), *_columns(leases, 9), ended]
+    values: list[Any] = [*_columns(accounts, 3), *_columns(holds, 12), *_columns(leases, 9), ended]
     values += _columns(entries, len(Entry._fields) + 2)
     await c.exec_driver_sql(_WRITE, tuple(values))
     if books.claims:
@@ -675,9 +677,17 @@ def _columns(rows: Sequence[Row], width: int) -> list[list[Any]]:
 
 
 def _hold_of(row: Row) -> Hold:
-    hold_id, operation_id, tenant_id, project_id, key_id, amount, state, expire_time, before, level = row
+    hold_id, operation_id, tenant_id, project_id, key_id, amount, state, expire_time, before, level, slot, incarnation = row
     return Hold(
-        hold_id, operation_id, Payer(tenant_id, project_id, key_id), amount, HoldState(state), expire_time, before, level
+        hold_id,
+        operation_id,
+        Payer(tenant_id, project_id, key_id),
+        amount,
+        HoldState(state),
+        expire_time,
+        before,
+        level,
+        Replica(slot, incarnation),
     )
 
 
@@ -685,7 +695,7 @@ def _hold_row(hold: Hold) -> Row:
     payer = hold.payer
     return (
         hold.id, hold.operation_id, payer.tenant_id, payer.project_id, payer.key_id, hold.amount, hold.state.value, hold.expire_time,
-        hold.budget_before, hold.budget_level,
+        hold.budget_before, hold.budget_level, hold.holder.slot, hold.holder.incarnation,
     )  # fmt: skip
 
 

@@ -104,6 +104,8 @@ HOLDS: Final = Table(
     Column("expire_time", Double, nullable=False),
     Column("budget_before", BigInteger),
     _text("budget_level"),
+    _text("slot"),
+    _text("incarnation"),
     Index("open_holds", "expire_time", postgresql_where=text("state = 'open'")),
 )
 LEASES: Final = Table(

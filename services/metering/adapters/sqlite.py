@@ -88,7 +88,8 @@ CREATE TABLE accounts (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE holds (
   id TEXT PRIMARY KEY, operation_id TEXT NOT NULL UNIQUE, tenant_id TEXT NOT NULL, project_id TEXT NOT NULL, key_id TEXT NOT NULL,
-  amount INTEGER NOT NULL, state TEXT NOT NULL, expire_time REAL NOT NULL, budget_before INTEGER, budget_level TEXT NOT NULL
+  amount INTEGER NOT NULL, state TEXT NOT NULL, expire_time REAL NOT NULL, budget_before INTEGER, budget_level TEXT NOT NULL,
+  slot TEXT NOT NULL DEFAULT '', incarnation TEXT NOT NULL DEFAULT ''
 ) STRICT;
 CREATE INDEX open_holds ON holds (expire_time) WHERE state = 'open';
 CREATE TABLE leases (
@@ -126,7 +127,11 @@ _MIGRATIONS: Final = {
     1: "DROP INDEX journal_by_operation;",
     2: _REQUESTS,
     3: "ALTER TABLE journal ADD COLUMN observed_input INTEGER; ALTER TABLE journal ADD COLUMN observed_output INTEGER;",
-    4: "ALTER TABLE leases ADD COLUMN slot TEXT NOT NULL DEFAULT ''; ALTER TABLE leases ADD COLUMN incarnation TEXT NOT NULL DEFAULT '';",
+    4: "".join(
+        f"ALTER TABLE {table} ADD COLUMN slot TEXT NOT NULL DEFAULT ''; "
+        f"ALTER TABLE {table} ADD COLUMN incarnation TEXT NOT NULL DEFAULT '';"
+        for table in ("holds", "leases")
+    ),
 }
 """What brings each older version to the next one."""
 
@@ -473,7 +478,7 @@ class SqliteStore:
 
         return await self._written(operation)
 
-    async def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float) -> Hold:
+    async def hold(self, operation_id: str, payer: Payer, amount: int, least: int, expire_time: float, holder: Replica) -> Hold:
         """See Store."""
 
         def operation(c: sqlite3.Connection) -> Hold:
@@ -491,9 +496,9 @@ class SqliteStore:
                 taken = left
                 if not _reserve(c, payer, taken):
                     raise BudgetExhausted(level, amount, left)
-            hold = Hold(f"hold-{operation_id}", operation_id, payer, taken, HoldState.OPEN, expire_time, left, level)
+            hold = Hold(f"hold-{operation_id}", operation_id, payer, taken, HoldState.OPEN, expire_time, left, level, holder)
             c.execute(
-                "INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO holds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     hold.id,
                     operation_id,
@@ -505,13 +510,15 @@ class SqliteStore:
                     expire_time,
                     left,
                     level,
+                    holder.slot,
+                    holder.incarnation,
                 ),
             )
             return hold
 
         return await self._written(operation)
 
-    async def void_hold(self, hold_id: str) -> HoldState:
+    async def void_hold(self, hold_id: str, expire_time: float | None = None) -> HoldState:
         """See Store."""
 
         def operation(c: sqlite3.Connection) -> HoldState:
@@ -521,6 +528,9 @@ class SqliteStore:
             hold = _hold_of(row)
             if hold.state is not HoldState.OPEN:
                 return hold.state
+            if expire_time is not None:
+                c.execute("UPDATE holds SET expire_time = min(expire_time, ?) WHERE id = ?", (expire_time, hold_id))
+                return HoldState.OPEN
             _end_hold(c, hold, HoldState.VOIDED)
             return HoldState.VOIDED
 
@@ -576,17 +586,22 @@ class SqliteStore:
 
         await self._written(operation)
 
-    async def end_leases(self, survivor: Replica, expire_time: float) -> int:
+    async def end_reservations(self, survivor: Replica, expire_time: float) -> int:
         """See Store."""
         if not survivor.slot:
             return 0
         others = (survivor.slot, survivor.incarnation)
 
         def operation(c: sqlite3.Connection) -> int:
-            return c.execute(
+            leases = c.execute(
                 "UPDATE leases SET expire_time = min(expire_time, ?) WHERE slot = ? AND incarnation <> ?",
                 (expire_time, *others),
-            ).rowcount
+            )
+            holds = c.execute(
+                "UPDATE holds SET expire_time = min(expire_time, ?) WHERE state = 'open' AND slot = ? AND incarnation <> ?",
+                (expire_time, *others),
+            )
+            return leases.rowcount + holds.rowcount
 
         return await self._written(operation)
 
@@ -823,9 +838,17 @@ def _end_hold(c: sqlite3.Connection, hold: Hold, state: HoldState) -> None:
 
 
 def _hold_of(row: Sequence[Any]) -> Hold:
-    hold_id, operation_id, tenant_id, project_id, key_id, amount, state, expire_time, before, level = row
+    hold_id, operation_id, tenant_id, project_id, key_id, amount, state, expire_time, before, level, slot, incarnation = row
     return Hold(
-        hold_id, operation_id, Payer(tenant_id, project_id, key_id), amount, HoldState(state), expire_time, before, level
+        hold_id,
+        operation_id,
+        Payer(tenant_id, project_id, key_id),
+        amount,
+        HoldState(state),
+        expire_time,
+        before,
+        level,
+        Replica(slot, incarnation),
     )
 
 

@@ -37,6 +37,7 @@ class _Hold:
     amount: int
     state: HoldState
     ends: float
+    holder: Replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +124,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
         self._runner.run(make())
 
-    @rule(operation=operations, payer=payers, amount=amounts, least=st.integers(0, 200), lasts=seconds)
-    def hold(self, operation: str, payer: Payer, amount: int, least: int, lasts: int) -> None:
-        asked = self._store.hold(operation, payer, amount, least, self._now + lasts)
+    @rule(operation=operations, payer=payers, amount=amounts, least=st.integers(0, 200), lasts=seconds, holder=holders)
+    def hold(self, operation: str, payer: Payer, amount: int, least: int, lasts: int, holder: Replica) -> None:
+        asked = self._store.hold(operation, payer, amount, least, self._now + lasts, holder)
         known, left = self._holds.get(operation), self._left(payer)
         if known is not None and known.payer != payer:
             with pytest.raises(Exists):
@@ -139,7 +140,7 @@ class LedgerMachine(RuleBasedStateMachine):
         else:
             taken = amount if left is None else min(amount, left)
             assert self._runner.run(asked).amount == taken
-            self._holds[operation] = _Hold(payer, taken, HoldState.OPEN, self._now + lasts)
+            self._holds[operation] = _Hold(payer, taken, HoldState.OPEN, self._now + lasts, holder)
             self._hold_more(payer, taken)
 
     def _end(self, operation: str, state: HoldState) -> None:
@@ -157,6 +158,18 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self._end(operation, HoldState.VOIDED)
         assert self._runner.run(asked) is self._holds[operation].state
+
+    @rule(operation=operations, lasts=seconds)
+    def void_later(self, operation: str, lasts: int) -> None:
+        asked = self._store.void_hold(f"hold-{operation}", self._now + lasts)
+        if operation not in self._holds:
+            with pytest.raises(NotFound):
+                self._runner.run(asked)
+            return
+        known = self._holds[operation]
+        if known.state is HoldState.OPEN:
+            self._holds[operation] = replace(known, ends=min(known.ends, self._now + lasts))
+        assert self._runner.run(asked) is known.state
 
     @rule(lease=lease_ids, payer=payers, wanted=st.integers(0, 400), reserve=st.integers(0, 300), lasts=seconds, holder=holders)
     def grant(self, lease: str, payer: Payer, wanted: int, reserve: int, lasts: int, holder: Replica) -> None:
@@ -178,16 +191,18 @@ class LedgerMachine(RuleBasedStateMachine):
         self._hold_more(payer, granted)
 
     @rule(survivor=holders, lasts=seconds)
-    def end_leases(self, survivor: Replica, lasts: int) -> None:
-        ended = [
-            name
-            for name, lease in self._leases.items()
-            if survivor.slot and lease.holder.slot == survivor.slot and lease.holder.incarnation != survivor.incarnation
-        ]
-        assert self._runner.run(self._store.end_leases(survivor, self._now + lasts)) == len(ended)
-        for name in ended:
-            lease = self._leases[name]
-            self._leases[name] = replace(lease, ends=min(lease.ends, self._now + lasts))
+    def end_reservations(self, survivor: Replica, lasts: int) -> None:
+        def is_ended(holder: Replica) -> bool:
+            return bool(survivor.slot) and holder.slot == survivor.slot and holder.incarnation != survivor.incarnation
+
+        leases = [name for name, lease in self._leases.items() if is_ended(lease.holder)]
+        holds = [name for name, hold in self._holds.items() if hold.state is HoldState.OPEN and is_ended(hold.holder)]
+        ends = self._now + lasts
+        assert self._runner.run(self._store.end_reservations(survivor, ends)) == len(leases) + len(holds)
+        for name in leases:
+            self._leases[name] = replace(self._leases[name], ends=min(self._leases[name].ends, ends))
+        for name in holds:
+            self._holds[name] = replace(self._holds[name], ends=min(self._holds[name].ends, ends))
 
     @rule(lease=lease_ids, owed=st.integers(0, 500), lasts=seconds)
     def give_back(self, lease: str, owed: int, lasts: int) -> None:

@@ -77,15 +77,15 @@ class LedgerSuite:
 
     async def test_a_hold_is_taken_at_all_three_accounts_and_only_once_per_operation(self, store: Store) -> None:
         await prepare(store, tenant=1000, project=500, of_key=300)
-        first = await store.hold("op-1", PAYER, 100, 0, NOW + HOUR)
+        first = await store.hold("op-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         assert (first.amount, first.state, first.budget_before, first.budget_level) == (100, HoldState.OPEN, 300, "key")
         assert (first.operation_id, first.payer, first.expire_time) == ("op-1", PAYER, NOW + HOUR)
-        assert await store.hold("op-1", PAYER, 100, 0, NOW + HOUR) == first
+        assert await store.hold("op-1", PAYER, 100, 0, NOW + HOUR, HOLDER) == first
         await assert_balances(store, spent=0, held=100)
 
     async def test_the_same_hold_asked_for_at_once_is_taken_once(self, store: Store) -> None:
         await prepare(store, tenant=1000)
-        taken = await asyncio.gather(*(store.hold("op-1", PAYER, 100, 0, NOW + HOUR) for _ in range(20)))
+        taken = await asyncio.gather(*(store.hold("op-1", PAYER, 100, 0, NOW + HOUR, HOLDER) for _ in range(20)))
         assert len({hold.id for hold in taken}) == 1
         await assert_balances(store, spent=0, held=100)
 
@@ -94,31 +94,31 @@ class LedgerSuite:
         budgets = {"key": ENOUGH, "project": ENOUGH, "tenant": ENOUGH} | {level: 99}
         await prepare(store, tenant=budgets["tenant"], project=budgets["project"], of_key=budgets["key"])
         with pytest.raises(BudgetExhausted) as refused:
-            await store.hold("op-1", PAYER, 100, 0, NOW + HOUR)
+            await store.hold("op-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         assert refused.value.metadata == {"level": level, "wanted_nano_usd": "100", "left_nano_usd": "99"}
         await assert_balances(store, spent=0, held=0)
         # The refusal isn't remembered: the operation may ask for less.
-        assert (await store.hold("op-1", PAYER, 99, 0, NOW + HOUR)).amount == 99
+        assert (await store.hold("op-1", PAYER, 99, 0, NOW + HOUR, HOLDER)).amount == 99
 
     async def test_a_hold_takes_what_is_left_down_to_its_least(self, store: Store) -> None:
         await prepare(store, tenant=100)
         with pytest.raises(BudgetExhausted):
-            await store.hold("op-1", PAYER, 150, 101, NOW + HOUR)
-        clamped = await store.hold("op-1", PAYER, 150, 100, NOW + HOUR)
+            await store.hold("op-1", PAYER, 150, 101, NOW + HOUR, HOLDER)
+        clamped = await store.hold("op-1", PAYER, 150, 100, NOW + HOUR, HOLDER)
         assert (clamped.amount, clamped.budget_before) == (100, 100)
         with pytest.raises(BudgetExhausted):
-            await store.hold("op-2", PAYER, 150, 1, NOW + HOUR)
+            await store.hold("op-2", PAYER, 150, 1, NOW + HOUR, HOLDER)
         await assert_balances(store, spent=0, held=100)
 
     async def test_without_a_budget_holds_are_counted_and_never_refused(self, store: Store) -> None:
         await prepare(store)
-        hold = await store.hold("op-1", PAYER, 1 << 50, 0, NOW + HOUR)
+        hold = await store.hold("op-1", PAYER, 1 << 50, 0, NOW + HOUR, HOLDER)
         assert (hold.budget_before, hold.budget_level) == (None, "")
         await assert_balances(store, spent=0, held=1 << 50)
 
     async def test_two_hundred_at_once_get_exactly_what_the_budget_covers(self, store: Store) -> None:
         await prepare(store, tenant=1000, project=730, of_key=5000)
-        asked = (store.hold(f"op-{number}", PAYER, 10, 0, NOW + HOUR) for number in range(200))
+        asked = (store.hold(f"op-{number}", PAYER, 10, 0, NOW + HOUR, HOLDER) for number in range(200))
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
         refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         assert all(isinstance(error, BudgetExhausted) for error in refused)
@@ -128,7 +128,7 @@ class LedgerSuite:
     async def test_a_refusal_among_many_undoes_itself_alone(self, store: Store) -> None:
         await prepare(store, tenant=100)
         amounts = [60, 1000, 40]
-        asked = (store.hold(f"op-{amount}", PAYER, amount, 0, NOW + HOUR) for amount in amounts)
+        asked = (store.hold(f"op-{amount}", PAYER, amount, 0, NOW + HOUR, HOLDER) for amount in amounts)
         first, second, third = await asyncio.gather(*asked, return_exceptions=True)
         assert isinstance(second, BudgetExhausted)
         assert not isinstance(first, BaseException)
@@ -137,12 +137,12 @@ class LedgerSuite:
 
     async def test_a_voided_hold_is_free_again_and_voiding_twice_frees_once(self, store: Store) -> None:
         await prepare(store, tenant=100)
-        hold = await store.hold("op-1", PAYER, 60, 0, NOW + HOUR)
-        other = await store.hold("op-2", PAYER, 40, 0, NOW + HOUR)
+        hold = await store.hold("op-1", PAYER, 60, 0, NOW + HOUR, HOLDER)
+        other = await store.hold("op-2", PAYER, 40, 0, NOW + HOUR, HOLDER)
         states = await asyncio.gather(*(store.void_hold(hold.id) for _ in range(2)))
         assert states == [HoldState.VOIDED] * 2
         await assert_balances(store, spent=0, held=40)
-        assert (await store.hold("op-3", PAYER, 60, 0, NOW + HOUR)).amount == 60
+        assert (await store.hold("op-3", PAYER, 60, 0, NOW + HOUR, HOLDER)).amount == 60
         assert other.state is HoldState.OPEN
 
     async def test_what_has_no_hold_cannot_be_voided(self, store: Store) -> None:
@@ -151,7 +151,7 @@ class LedgerSuite:
 
     async def test_a_hold_ends_by_itself_at_its_time_and_a_late_settlement_still_posts_once(self, store: Store) -> None:
         await prepare(store, tenant=100)
-        hold = await store.hold("op-1", PAYER, 100, 0, NOW + 10)
+        hold = await store.hold("op-1", PAYER, 100, 0, NOW + 10, HOLDER)
         assert await store.expire(NOW + 9.9) == 0
         await assert_balances(store, spent=0, held=100)
         assert await store.expire(NOW + 10) == 1
@@ -168,7 +168,7 @@ class LedgerSuite:
 
     async def test_a_final_settlement_charges_its_cost_and_frees_the_hold(self, store: Store) -> None:
         await prepare(store, tenant=100)
-        hold = await store.hold("op-1", PAYER, 100, 0, NOW + HOUR)
+        hold = await store.hold("op-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         first = settlement("op-1/1", amount=20, hold_id=hold.id, final=False)
         assert await store.post([first]) == [PostState.POSTED]
         await assert_balances(store, spent=20, held=100)
@@ -180,11 +180,11 @@ class LedgerSuite:
 
     async def test_a_settlement_above_its_hold_is_charged_in_full_and_the_next_hold_refused(self, store: Store) -> None:
         await prepare(store, tenant=100)
-        hold = await store.hold("op-1", PAYER, 100, 0, NOW + HOUR)
+        hold = await store.hold("op-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         await store.post([settlement("op-1/1", amount=130, hold_id=hold.id, final=True)])
         await assert_balances(store, spent=130, held=0)
         with pytest.raises(BudgetExhausted) as refused:
-            await store.hold("op-2", PAYER, 1, 1, NOW + HOUR)
+            await store.hold("op-2", PAYER, 1, 1, NOW + HOUR, HOLDER)
         assert refused.value.metadata["left_nano_usd"] == "0"
 
     async def test_an_attempt_is_posted_once_however_often_it_is_sent(self, store: Store, database: Database) -> None:
@@ -264,7 +264,7 @@ class LedgerSuite:
                 settlement("op-2/1", amount=21, request_key=mine),
             ]
         )
-        held = await store.hold("op-3", PAYER, 100, 0, NOW + 60)
+        held = await store.hold("op-3", PAYER, 100, 0, NOW + 60, HOLDER)
         sent = [settlement("op-3/1", amount=22, request_key=mine, hold_id=held.id)]
         assert await store.post(sent) == [PostState.POSTED]
         assert await store.post(sent) == [PostState.DUPLICATE]
@@ -299,7 +299,7 @@ class LedgerSuite:
         await prepare(store, tenant=10)
         await assert_balances(store, spent=9, held=0)
         with pytest.raises(BudgetExhausted):
-            await store.hold("op-2", PAYER, 2, 0, NOW + HOUR)
+            await store.hold("op-2", PAYER, 2, 0, NOW + HOUR, HOLDER)
 
     # Leases.
 
@@ -351,7 +351,7 @@ class LedgerSuite:
 
         async def hold_of(number: int) -> int:
             try:
-                return (await store.hold(f"op-{number}", PAYER, 30, 0, NOW + HOUR)).amount
+                return (await store.hold(f"op-{number}", PAYER, 30, 0, NOW + HOUR, HOLDER)).amount
             except BudgetExhausted:
                 return 0
 
@@ -380,7 +380,7 @@ class LedgerSuite:
         await store.return_lease("lease-1", 500, NOW + HOUR)
         await assert_balances(store, spent=100, held=400)
         with pytest.raises(BudgetExhausted):
-            await store.hold("op-2", PAYER, 501, 0, NOW + HOUR)
+            await store.hold("op-2", PAYER, 501, 0, NOW + HOUR, HOLDER)
         await store.post([settlement("op-3/1", amount=400, lease_id="lease-1")])
         await assert_balances(store, spent=500, held=0)
         await store.return_lease("lease-1", 500, NOW + HOUR)
@@ -407,18 +407,27 @@ class LedgerSuite:
             await store.grant_slice("lease-3", PAYER, 80, 0, NOW + HOUR, after)
             await store.grant_slice("lease-4", PAYER, 70, 0, NOW + HOUR, Replica("gateway-2", "first"))
             await store.grant_slice("lease-5", PAYER, 60, 0, NOW + HOUR, Replica("", "gateway-abc"))
+            for operation, lasts, holder in (
+                ("op-2", HOUR, before),
+                ("op-3", 5, before),
+                ("op-4", HOUR, after),
+                ("op-5", HOUR, Replica("", "gateway-abc")),
+                ("op-6", HOUR, before),
+            ):
+                await store.hold(operation, PAYER, 1, 0, NOW + lasts, holder)
+            await store.void_hold("hold-op-6")
         # Known of by the store itself: the metering process that granted them may be gone, too.
         async with database.open() as store:
-            assert await store.end_leases(after, NOW + 15) == 2
-            assert await store.end_leases(after, NOW + HOUR) == 2
-            assert await store.end_leases(Replica("", "gateway-def"), NOW + 1) == 0
-            assert await store.expire(NOW + 5) == 1
+            assert await store.end_reservations(after, NOW + 15) == 4
+            assert await store.end_reservations(after, NOW + HOUR) == 4
+            assert await store.end_reservations(Replica("", "gateway-def"), NOW + 1) == 0
+            assert await store.expire(NOW + 5) == 2
             await store.post([settlement("op-1/1", amount=30, lease_id="lease-1")])
-            await assert_balances(store, spent=30, held=70 + 80 + 70 + 60)
+            await assert_balances(store, spent=30, held=70 + 80 + 70 + 60 + 3)
             assert await store.expire(NOW + 14) == 0
-            assert await store.expire(NOW + 15) == 1
-            await assert_balances(store, spent=30, held=80 + 70 + 60)
-            assert await store.end_leases(after, NOW) == 0
+            assert await store.expire(NOW + 15) == 2
+            await assert_balances(store, spent=30, held=80 + 70 + 60 + 2)
+            assert await store.end_reservations(after, NOW) == 0
 
     async def test_a_late_settlement_of_a_lease_that_is_over_posts_once(self, store: Store) -> None:
         await prepare(store, tenant=1000)
@@ -442,7 +451,7 @@ class LedgerSuite:
     async def test_reopening_keeps_everything(self, database: Database) -> None:
         async with database.open() as store:
             await prepare(store, tenant=1000, of_key=900)
-            hold = await store.hold("op-1", PAYER, 100, 0, NOW + HOUR)
+            hold = await store.hold("op-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
             await store.grant_slice("lease-1", PAYER, 200, 0, NOW + HOUR, HOLDER)
             await store.post([settlement("op-0/1", amount=30, lease_id="lease-1")])
             await store.create_project(Project("site", ACME, "Site", Limits(concurrency=3), NOW), "r")
@@ -463,7 +472,7 @@ class LedgerSuite:
             await assert_balances(store, spent=30, held=270)
             # And goes on: what was posted stays posted, what was held stays held, the chain of hashes continues.
             assert await store.post([settlement("op-0/1", amount=30)]) == [PostState.DUPLICATE]
-            assert await store.hold("op-1", PAYER, 100, 0, NOW + HOUR) == hold
+            assert await store.hold("op-1", PAYER, 100, 0, NOW + HOUR, HOLDER) == hold
             await store.post([settlement("op-1/1", amount=40, hold_id=hold.id, final=True)])
             await assert_balances(store, spent=70, held=170)
             assert [posted.sequence for posted in await store.entries("", "", None, 10)] == [2, 1]
@@ -587,9 +596,9 @@ class LedgerSuite:
     async def test_an_operation_of_another_payer_gets_no_hold_of_this_one(self, store: Store) -> None:
         await prepare(store, tenant=1000)
         await store.create_key(key("key-2"))
-        await store.hold("op-1", PAYER, 100, 0, NOW + HOUR)
+        await store.hold("op-1", PAYER, 100, 0, NOW + HOUR, HOLDER)
         with pytest.raises(Exists):
-            await store.hold("op-1", Payer(ACME, "default", "key-2"), 100, 0, NOW + HOUR)
+            await store.hold("op-1", Payer(ACME, "default", "key-2"), 100, 0, NOW + HOUR, HOLDER)
         await assert_balances(store, spent=0, held=100)
 
     async def test_an_amount_that_cannot_be_added_is_refused_and_the_ledger_goes_on(self, store: Store) -> None:
@@ -598,7 +607,7 @@ class LedgerSuite:
         # The sum would pass what the store can count; others who wait beside it are served.
         bad, good = await asyncio.gather(
             store.post([settlement("op-2/1", amount=1)]),
-            store.hold("op-3", PAYER, 5, 0, NOW + HOUR),
+            store.hold("op-3", PAYER, 5, 0, NOW + HOUR, HOLDER),
             return_exceptions=True,
         )
         assert isinstance(bad, Exception)
@@ -744,7 +753,7 @@ class LedgerSuite:
         project = await store.update_project(ACME, "default", "Main", lambda _: Limits(budget_nano_usd=3))
         assert (project.display_name, project.limits) == ("Main", Limits(budget_nano_usd=3))
         with pytest.raises(BudgetExhausted):
-            await store.hold("op-1", PAYER, 4, 0, NOW + HOUR)
+            await store.hold("op-1", PAYER, 4, 0, NOW + HOUR, HOLDER)
         with pytest.raises(NotFound):
             await store.update_tenant("nobody", None, lambda limits: limits)
         with pytest.raises(NotFound):
@@ -765,10 +774,10 @@ class LedgerSuite:
 
     async def test_a_budget_lowered_below_what_is_spent_refuses_and_breaks_nothing(self, store: Store) -> None:
         await prepare(store, tenant=100)
-        await store.hold("op-1", PAYER, 60, 0, NOW + HOUR)
+        await store.hold("op-1", PAYER, 60, 0, NOW + HOUR, HOLDER)
         await store.update_tenant(ACME, None, lambda _: Limits(budget_nano_usd=50))
         with pytest.raises(BudgetExhausted):
-            await store.hold("op-2", PAYER, 1, 0, NOW + HOUR)
+            await store.hold("op-2", PAYER, 1, 0, NOW + HOUR, HOLDER)
         assert (await store.grant_slice("lease-1", PAYER, 1, 0, NOW + HOUR, HOLDER)).granted == 0
         await assert_balances(store, spent=0, held=60)
 

@@ -24,7 +24,7 @@ from services.metering.errors import BudgetExhausted, StoreUnavailable
 from services.metering.ledger import PostState
 from services.metering.ports import UsageFilter
 from tests import postgres
-from tests.conformance.ledger.examples import HOUR, NOW, PAYER, key, settlement
+from tests.conformance.ledger.examples import HOLDER, HOUR, NOW, PAYER, key, settlement
 from tests.conformance.ledger.machine import LedgerMachine
 from tests.conformance.ledger.suite import ROOT, Database, LedgerSuite, assert_balances, balances, prepare
 
@@ -87,7 +87,7 @@ async def test_processes_share_a_budget_and_a_journal(database: PostgresDatabase
     async with contextlib.AsyncExitStack() as stack:
         stores = [await stack.enter_async_context(database.open()) for _ in range(3)]
         await prepare(stores[0], tenant=1000, project=730, of_key=5000)
-        asked = [stores[number % 3].hold(f"op-{number}", PAYER, 10, 0, NOW + HOUR) for number in range(300)]
+        asked = [stores[number % 3].hold(f"op-{number}", PAYER, 10, 0, NOW + HOUR, HOLDER) for number in range(300)]
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
         taken = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
         assert len(taken) == 73
@@ -110,7 +110,9 @@ async def test_an_operation_held_by_many_processes_at_once_is_held_once(database
     async with contextlib.AsyncExitStack() as stack:
         stores = [await stack.enter_async_context(database.open()) for _ in range(3)]
         await prepare(stores[0], tenant=1000)
-        taken = await asyncio.gather(*(stores[number % 3].hold("op-1", PAYER, 10, 0, NOW + HOUR) for number in range(30)))
+        taken = await asyncio.gather(
+            *(stores[number % 3].hold("op-1", PAYER, 10, 0, NOW + HOUR, HOLDER) for number in range(30))
+        )
         assert len({hold.id for hold in taken}) == 1
         await assert_balances(stores[0], spent=0, held=10)
 
@@ -183,13 +185,13 @@ async def test_a_server_that_is_away_is_told_at_once_and_used_again_when_it_is_b
         url = await started.new_database()
         async with open_store(url_of(url)) as store:
             await prepare(store, tenant=1000)
-            hold = await store.hold("op-1", PAYER, 10, 0, NOW + HOUR)
+            hold = await store.hold("op-1", PAYER, 10, 0, NOW + HOUR, HOLDER)
             started.stop()
             began = time.monotonic()
             for call in (
                 store.ping(),
                 store.post([settlement("op-1/1", amount=7, hold_id=hold.id)]),
-                store.hold("op-2", PAYER, 10, 0, NOW + HOUR),
+                store.hold("op-2", PAYER, 10, 0, NOW + HOUR, HOLDER),
                 store.chain_by_key("key-1"),
                 store.verify(),
                 store.usage(UsageFilter(), [], 0, 1),
@@ -244,7 +246,9 @@ async def test_requests_find_their_rows_by_an_index_in_tables_that_the_server_ha
         many = [settlement(f"op-{number}/1", amount=1) for number in range(5000)]
         for start in range(0, len(many), 500):
             await store.post(many[start : start + 500])
-            for hold in await asyncio.gather(*(store.hold(f"h-{start}-{n}", PAYER, 1, 0, NOW + HOUR) for n in range(100))):
+            for hold in await asyncio.gather(
+                *(store.hold(f"h-{start}-{n}", PAYER, 1, 0, NOW + HOUR, HOLDER) for n in range(100))
+            ):
                 await store.void_hold(hold.id)
         assert await store.expire(NOW) == 0
         # The server sends its counts a moment after a transaction.
@@ -276,15 +280,15 @@ def test_what_is_no_url_of_postgresql_is_refused_without_its_password(text: str)
 async def test_a_caller_that_goes_away_does_not_undo_what_is_being_committed(database: PostgresDatabase) -> None:
     async with database.open() as store:
         await prepare(store, tenant=1000)
-        calls = [asyncio.create_task(store.hold(f"op-{number}", PAYER, 1, 0, NOW + HOUR)) for number in range(50)]
+        calls = [asyncio.create_task(store.hold(f"op-{number}", PAYER, 1, 0, NOW + HOUR, HOLDER)) for number in range(50)]
         await asyncio.sleep(0)
         for call in calls[::2]:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
         await store.ping()
-        await store.hold("last", PAYER, 1, 0, NOW + HOUR)
+        await store.hold("last", PAYER, 1, 0, NOW + HOUR, HOLDER)
         # Of each cancelled hold the operation id tells what became of it: it is there, and asked for again it is the same one.
-        await asyncio.gather(*(store.hold(f"op-{number}", PAYER, 1, 0, NOW + HOUR) for number in range(50)))
+        await asyncio.gather(*(store.hold(f"op-{number}", PAYER, 1, 0, NOW + HOUR, HOLDER) for number in range(50)))
         assert await balances(store) == (Balance(0, 51),) * 3
 
 
@@ -306,7 +310,7 @@ async def test_payers_of_other_tenants_are_not_mixed_up_in_a_group(database: Pos
         for payer in payers:
             await store.create_tenant(Tenant(payer.tenant_id, "", Limits(budget_nano_usd=100), NOW), "")
             await store.create_key(key(payer.key_id, tenant_id=payer.tenant_id))
-        calls = [store.hold(f"op-{n}", payers[n % 5], 10 + n % 5, 0, NOW + HOUR) for n in range(100)]
+        calls = [store.hold(f"op-{n}", payers[n % 5], 10 + n % 5, 0, NOW + HOUR, HOLDER) for n in range(100)]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         for number, payer in enumerate(payers):
             amount = 10 + number

@@ -93,6 +93,7 @@ async def test_a_ledger_of_the_first_version_is_brought_up_and_keeps_what_it_has
             "DROP TABLE requests; CREATE INDEX journal_by_operation ON journal (operation_id); PRAGMA user_version=1;"
             "ALTER TABLE journal DROP COLUMN observed_input; ALTER TABLE journal DROP COLUMN observed_output;"
             "ALTER TABLE leases DROP COLUMN slot; ALTER TABLE leases DROP COLUMN incarnation;"
+            "ALTER TABLE holds DROP COLUMN slot; ALTER TABLE holds DROP COLUMN incarnation;"
         )
     for _ in range(2):
         async with open_store(tmp_path) as store:

@@ -23,8 +23,8 @@ from services.gateway.outcomes import Outcomes
 from services.gateway.owners import Owners, Passing
 from services.gateway.plans import Plans
 from services.gateway.principals import Principal
+from services.gateway.releases import Releases
 from services.gateway.replays import NoReplays
-from services.gateway.voids import Voids
 from services.runtime.call import Call, Caller, CallerKind
 from services.runtime.dispatch import Binding, Table, build_table
 from services.runtime.errors import Failure, Reason, unavailable
@@ -196,9 +196,9 @@ class FakeMetering(Script):
         self.grants[request.sequence] = grant
         return grant
 
-    async def EndLeases(self, request: Any, call: Call) -> Any:
-        await self.act("EndLeases", request, call)
-        return metering_service_pb2.EndLeasesResponse()
+    async def EndReservations(self, request: Any, call: Call) -> Any:
+        await self.act("EndReservations", request, call)
+        return metering_service_pb2.EndReservationsResponse()
 
     async def ReturnLease(self, request: Any, call: Call) -> Any:
         await self.act("ReturnLease", request, call)
@@ -429,7 +429,9 @@ class World:
         execution_stub: Any = ExecutionServiceStub(channel)
         self.tokenization_stub: Any = TokenizationServiceStub(channel)
         self.port = MeteringClient(metering_stub, "gateway-test")
-        self.leases = Leases(self.port, clock, SliceSizes(self.request_slice, 100_000, 50, self.nano_usd), call_seconds=0.2)
+        self.releases = Releases(self.port, max_count=10, call_seconds=0.2)
+        sizes = SliceSizes(self.request_slice, 100_000, 50, self.nano_usd)
+        self.leases = Leases(self.port, self.releases, clock, sizes, call_seconds=0.2)
         self.identities = Identities(
             self.port, self.leases, clock, time.time, recheck_seconds=30.0, call_seconds=0.2, max_count=100
         )
@@ -437,7 +439,6 @@ class World:
         self.caching_stub = caching_stub
         self.writer = CacheWriter(caching_stub, max_count=10, max_bytes=100_000, call_seconds=0.2)
         self.hits = HitBook(metering_stub, max_count=100, batch_seconds=0.01, call_seconds=0.2)
-        self.voids = Voids(self.port, max_count=10, call_seconds=0.2)
         self.requests: Any = Requests(self.replay, clock)
         self.outcomes = Outcomes(100)
         self.calibrations = Calibrations(
@@ -452,7 +453,7 @@ class World:
             cache=CacheClient(caching_stub, clock, lookup_seconds=0.1),
             writer=self.writer,
             hits=self.hits,
-            voids=self.voids,
+            releases=self.releases,
             requests=self.requests,
             replays=self.replays,
             passing=self.passing,

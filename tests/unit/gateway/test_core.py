@@ -17,6 +17,7 @@ from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import inference_service_pb2, receipt_pb2
 from sluice.routing.v1 import routing_service_pb2
 from tests.unit.gateway.fakes import PRINCIPAL, World, answer, candidate, down, generate, price
+from tests.unit.gateway.test_leases import eventually
 
 
 async def refused(work: Any) -> Failure:
@@ -370,7 +371,7 @@ async def test_a_hold_of_its_own_is_voided_when_nothing_was_charged() -> None:
     world.routing.plan.candidates.append(candidate("a/one", cost=price(), longest=100))
     world.execution.failures["Complete"] = Failure(Reason.BREAKER_OPEN, "open")
     await refused(world.generate())
-    await world.voids.flush()
+    await world.releases.flush()
     (void,) = world.metering.asked("VoidHold")
     assert void.hold_id.startswith("hold-")
 
@@ -387,8 +388,53 @@ async def test_what_is_held_is_freed_when_the_deadline_passes_before_execution_i
     failure = await refused(world.stream() if streaming else world.generate())
     assert failure.reason is Reason.DEADLINE_EXCEEDED
     assert not world.execution.calls
-    await world.voids.flush()
+    await world.releases.flush()
     assert len(world.metering.asked("VoidHold")) == 1
+
+
+def _with_holds_of_their_own() -> World:
+    world = World()
+    world.metering.budget = 10_000_000
+    world.metering.leases_money = False
+    del world.routing.plan.candidates[:]
+    world.routing.plan.candidates.append(candidate("a/one", cost=price(), longest=100))
+    return world
+
+
+async def test_a_hold_whose_operation_may_have_run_is_kept_until_that_is_settled() -> None:
+    world = _with_holds_of_their_own()
+    world.execution.failures["Complete"] = down("execution")
+    await refused(world.generate())
+    await world.releases.flush()
+    (void,) = world.metering.asked("VoidHold")
+    assert void.may_have_run
+
+
+async def test_a_hold_whose_answer_was_lost_is_freed_and_one_that_was_refused_is_not_asked_for_again() -> None:
+    world = _with_holds_of_their_own()
+    world.metering.failures["Hold"] = down("metering")
+    assert (await refused(world.generate())).reason is Reason.DEPENDENCY_UNAVAILABLE
+    (asked,) = world.metering.asked("Hold")
+    await world.releases.flush()
+    (void,) = world.metering.asked("VoidHold")
+    assert (void.hold_id, void.may_have_run) == (f"hold-{asked.operation_id}", False)
+    world.metering.failures["Hold"] = Failure(Reason.BUDGET_EXHAUSTED, "the budget is used up", metadata={"level": "tenant"})
+    assert (await refused(world.generate())).reason is Reason.BUDGET_EXHAUSTED
+    await world.releases.flush()
+    assert len(world.metering.asked("VoidHold")) == 1
+
+
+async def test_a_hold_whose_caller_left_before_its_answer_came_is_freed() -> None:
+    world = _with_holds_of_their_own()
+    world.metering.delays["Hold"] = 0.05
+    caller = asyncio.create_task(world.generate())
+    await eventually(lambda: world.metering.asked("Hold"))
+    caller.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await caller
+    await world.releases.flush()
+    (void,) = world.metering.asked("VoidHold")
+    assert void.hold_id == f"hold-{world.metering.asked('Hold')[0].operation_id}"
 
 
 async def test_a_failure_of_unknown_cost_keeps_the_hold_until_the_lease_is_exchanged() -> None:

@@ -47,15 +47,15 @@ async def test_the_first_request_waits_and_the_next_do_not() -> None:
 
 async def test_the_worker_says_that_this_replica_has_started_until_it_was_heard() -> None:
     world = World()
-    world.metering.failures["EndLeases"] = down("metering")
+    world.metering.failures["EndReservations"] = down("metering")
     async with working(world):
-        await eventually(lambda: world.metering.asked("EndLeases"))
-        del world.metering.failures["EndLeases"]
+        await eventually(lambda: world.metering.asked("EndReservations"))
+        del world.metering.failures["EndReservations"]
         lease = await world.leases.admit_waiting("acme", "key-1", 10, 1.0)
         for count in range(2, 5):
             world.leases._want(lease)
             await eventually(lambda count=count: len(world.metering.asked("AcquireLease")) >= count)
-    assert [request.replica_id for request in world.metering.asked("EndLeases")] == ["gateway-test"] * 2
+    assert [request.replica_id for request in world.metering.asked("EndReservations")] == ["gateway-test"] * 2
 
 
 async def test_many_first_requests_ask_once() -> None:
@@ -276,6 +276,35 @@ async def test_everything_is_returned_at_the_end() -> None:
     await world.leases.give_back_all(1.0)
     (returned,) = world.metering.asked("ReturnLease")
     assert (returned.lease_id, returned.owed_nano_usd) == ("lease-1", 300)
+
+
+async def test_a_lease_that_could_not_be_returned_is_returned_when_metering_is_back() -> None:
+    world = World(nano_usd=1000)
+    world.metering.budget = 10_000
+    lease = await world.leases.admit_waiting("acme", "key-1", 1, 1.0)
+    assert world.leases.take(lease, 300)
+    world.metering.failures["ReturnLease"] = down("metering")
+    async with working(world):
+        lease.used = False
+        world.leases.forget("key-1")
+        await eventually(lambda: world.metering.asked("ReturnLease"))
+    assert not await world.releases.flush()
+    del world.metering.failures["ReturnLease"]
+    assert await world.releases.flush()
+    asked = world.metering.asked("ReturnLease")
+    assert [(request.lease_id, request.owed_nano_usd) for request in asked] == [("lease-1", 300)] * 3
+
+
+async def test_a_lease_that_makes_room_for_another_one_is_returned() -> None:
+    world = World(nano_usd=1000)
+    world.metering.budget = 10_000
+    world.leases._max_count = 1
+    lease = await world.leases.admit_waiting("acme", "key-1", 1, 1.0)
+    world.leases.leave(lease, 0)
+    await world.leases.admit_waiting("acme", "key-2", 1, 1.0)
+    await world.releases.flush()
+    (returned,) = world.metering.asked("ReturnLease")
+    assert (returned.lease_id, returned.owed_nano_usd) == ("lease-1", 0)
 
 
 async def test_what_was_settled_here_is_owed_when_the_lease_is_returned() -> None:

@@ -97,6 +97,23 @@ async def test_a_metering_process_that_was_started_again_knows_whose_leases_are_
     assert await held(store) == 300
 
 
+async def test_the_holds_of_a_replica_that_was_started_again_end_once_what_it_had_is_settled(
+    store: Store, clock: Clock
+) -> None:
+    await accounts(store, budget=10_000)
+    leases = leasing(store, clock)
+    await leases.begin("gateway-2.before")
+    for number, replica in enumerate(("gateway-2.before", "gateway-3.first", "")):
+        await leases.hold(replica, f"op-{number}", examples.PAYER, 1000 + number, 0, clock.time + 90)
+    assert await leases.begin("gateway-2.after") == 1
+    # One that was on its way when its process ended.
+    await leases.hold("gateway-2.before", "op-3", examples.PAYER, 500, 0, clock.time + 90)
+    assert await held(store) == 3503
+    assert await store.expire(clock.time + 14) == 0
+    assert await store.expire(clock.time + 15) == 2
+    assert await held(store) == 2003
+
+
 async def test_a_late_wish_of_a_process_that_was_followed_ends_nothing(store: Store, clock: Clock) -> None:
     await accounts(store, budget=10_000, limits=Limits(concurrency=10))
     leases = leasing(store, clock)

@@ -109,6 +109,20 @@ async def test_a_hold_is_made_settled_and_charged_once(store: Store, metering: M
     assert await balance(store) == Balance(250, 0)
 
 
+async def test_a_hold_whose_operation_may_have_run_stays_until_that_is_settled(
+    store: Store, metering: MeteringServicer
+) -> None:
+    await accounts(store, budget=1000)
+    hold = await metering.Hold(holding("op-1", 400), CALL)
+    for _ in range(2):
+        voided = await metering.VoidHold(pb2.VoidHoldRequest(hold_id=hold.hold_id, may_have_run=True), CALL)
+        assert voided.state == pb2.HOLD_STATE_OPEN
+    assert await balance(store) == Balance(0, 400)
+    assert await store.expire(time.time() + 13) == 0
+    assert await store.expire(time.time() + 16) == 1
+    assert await balance(store) == Balance(0, 0)
+
+
 async def test_a_cancelled_operation_gives_its_hold_back(store: Store, metering: MeteringServicer) -> None:
     await accounts(store, budget=1000)
     hold = await metering.Hold(holding("op-1", 1000), CALL)

@@ -446,14 +446,16 @@ class ReturnLeaseResponse(_message.Message):
 Global___ReturnLeaseResponse: _TypeAlias = ReturnLeaseResponse  # noqa: Y015
 
 @_typing.final
-class EndLeasesRequest(_message.Message):
-    """EndLeasesRequest says who started."""
+class EndReservationsRequest(_message.Message):
+    """EndReservationsRequest says who started."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
-    """The replica, `<name>.<incarnation>`; leases of other incarnations of the name end. Without a name there are none. Required."""
+    """The replica, `<name>.<incarnation>`; leases and holds of other incarnations of the name end. Without a name there are none.
+    Required.
+    """
     def __init__(
         self,
         *,
@@ -465,29 +467,29 @@ class EndLeasesRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EndLeasesRequest: _TypeAlias = EndLeasesRequest  # noqa: Y015
+Global___EndReservationsRequest: _TypeAlias = EndReservationsRequest  # noqa: Y015
 
 @_typing.final
-class EndLeasesResponse(_message.Message):
-    """EndLeasesResponse says what it came to."""
+class EndReservationsResponse(_message.Message):
+    """EndReservationsResponse says what it came to."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    LEASE_COUNT_FIELD_NUMBER: _builtins.int
-    lease_count: _builtins.int
-    """Leases of earlier incarnations whose money isn't free yet; it is within 15 s."""
+    RESERVATION_COUNT_FIELD_NUMBER: _builtins.int
+    reservation_count: _builtins.int
+    """Leases and holds of earlier incarnations whose money isn't free yet; it is within 15 s."""
     def __init__(
         self,
         *,
-        lease_count: _builtins.int = ...,
+        reservation_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_count", b"lease_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reservation_count", b"reservation_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___EndLeasesResponse: _TypeAlias = EndLeasesResponse  # noqa: Y015
+Global___EndReservationsResponse: _TypeAlias = EndReservationsResponse  # noqa: Y015
 
 @_typing.final
 class HoldRequest(_message.Message):
@@ -500,6 +502,7 @@ class HoldRequest(_message.Message):
     AMOUNT_NANO_USD_FIELD_NUMBER: _builtins.int
     MIN_AMOUNT_NANO_USD_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     """Operation. Required."""
     key_id: _builtins.str
@@ -508,6 +511,8 @@ class HoldRequest(_message.Message):
     """Wanted, nano-dollars. Positive."""
     min_amount_nano_usd: _builtins.int
     """Least that is of use; when the budget covers this but not `amount_nano_usd`, what is left is held. 0: all or nothing."""
+    replica_id: _builtins.str
+    """The asking process: its holds end when another one has started in its place (EndReservations). May be empty."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the store frees it by itself: the operation's deadline and a minute. Required."""
@@ -520,10 +525,11 @@ class HoldRequest(_message.Message):
         amount_nano_usd: _builtins.int = ...,
         min_amount_nano_usd: _builtins.int = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        replica_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nano_usd", b"amount_nano_usd", "expire_time", b"expire_time", "key_id", b"key_id", "min_amount_nano_usd", b"min_amount_nano_usd", "operation_id", b"operation_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nano_usd", b"amount_nano_usd", "expire_time", b"expire_time", "key_id", b"key_id", "min_amount_nano_usd", b"min_amount_nano_usd", "operation_id", b"operation_id", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -572,16 +578,20 @@ class VoidHoldRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HOLD_ID_FIELD_NUMBER: _builtins.int
+    MAY_HAVE_RUN_FIELD_NUMBER: _builtins.int
     hold_id: _builtins.str
     """The hold. Required."""
+    may_have_run: _builtins.bool
+    """An attempt may have been made, and nobody here learns what it cost: the hold is kept until that is settled, for 15 s at most."""
     def __init__(
         self,
         *,
         hold_id: _builtins.str = ...,
+        may_have_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_id", b"hold_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold_id", b"hold_id", "may_have_run", b"may_have_run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -54,10 +54,10 @@ class MeteringServiceStub(object):
                 request_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseRequest.SerializeToString,
                 response_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseResponse.FromString,
                 _registered_method=True)
-        self.EndLeases = channel.unary_unary(
-                '/sluice.metering.v1.MeteringService/EndLeases',
-                request_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesRequest.SerializeToString,
-                response_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesResponse.FromString,
+        self.EndReservations = channel.unary_unary(
+                '/sluice.metering.v1.MeteringService/EndReservations',
+                request_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndReservationsRequest.SerializeToString,
+                response_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndReservationsResponse.FromString,
                 _registered_method=True)
         self.Hold = channel.unary_unary(
                 '/sluice.metering.v1.MeteringService/Hold',
@@ -106,9 +106,9 @@ class MeteringServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def EndLeases(self, request, context):
-        """Says that a replica has started: leases of the process that was there before it, under its name, end as soon as what was cut off
-        there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
+    def EndReservations(self, request, context):
+        """Says that a replica has started: leases and holds of the process that was there before it, under its name, end as soon as what was
+        cut off there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,7 +123,7 @@ class MeteringServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def VoidHold(self, request, context):
-        """Frees a hold whose operation made no attempt. Idempotent.
+        """Frees a hold whose operation made no attempt, or of which nobody knows whether it made one. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,10 +155,10 @@ def add_MeteringServiceServicer_to_server(servicer, server):
                     request_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseRequest.FromString,
                     response_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.ReturnLeaseResponse.SerializeToString,
             ),
-            'EndLeases': grpc.unary_unary_rpc_method_handler(
-                    servicer.EndLeases,
-                    request_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesRequest.FromString,
-                    response_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesResponse.SerializeToString,
+            'EndReservations': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndReservations,
+                    request_deserializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndReservationsRequest.FromString,
+                    response_serializer=sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndReservationsResponse.SerializeToString,
             ),
             'Hold': grpc.unary_unary_rpc_method_handler(
                     servicer.Hold,
@@ -273,7 +273,7 @@ class MeteringService(object):
             _registered_method=True)
 
     @staticmethod
-    def EndLeases(request,
+    def EndReservations(request,
             target,
             options=(),
             channel_credentials=None,
@@ -286,9 +286,9 @@ class MeteringService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sluice.metering.v1.MeteringService/EndLeases',
-            sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesRequest.SerializeToString,
-            sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndLeasesResponse.FromString,
+            '/sluice.metering.v1.MeteringService/EndReservations',
+            sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndReservationsRequest.SerializeToString,
+            sluice_dot_metering_dot_v1_dot_metering__service__pb2.EndReservationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

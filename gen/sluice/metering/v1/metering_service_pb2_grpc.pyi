@@ -46,16 +46,16 @@ class MeteringServiceStub:
     """
     ReturnLease: _grpc.UnaryUnaryMultiCallable[_metering_service_pb2.ReturnLeaseRequest, _metering_service_pb2.ReturnLeaseResponse]
     """Returns what is left of a lease. Idempotent."""
-    EndLeases: _grpc.UnaryUnaryMultiCallable[_metering_service_pb2.EndLeasesRequest, _metering_service_pb2.EndLeasesResponse]
-    """Says that a replica has started: leases of the process that was there before it, under its name, end as soon as what was cut off
-    there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
+    EndReservations: _grpc.UnaryUnaryMultiCallable[_metering_service_pb2.EndReservationsRequest, _metering_service_pb2.EndReservationsResponse]
+    """Says that a replica has started: leases and holds of the process that was there before it, under its name, end as soon as what was
+    cut off there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
     """
     Hold: _grpc.UnaryUnaryMultiCallable[_metering_service_pb2.HoldRequest, _metering_service_pb2.HoldResponse]
     """Reserves money for one operation, without a lease, at key, project and tenant in one statement. RESOURCE_EXHAUSTED
     (BUDGET_EXHAUSTED) when one of them doesn't cover it. Idempotent per `operation_id`.
     """
     VoidHold: _grpc.UnaryUnaryMultiCallable[_metering_service_pb2.VoidHoldRequest, _metering_service_pb2.VoidHoldResponse]
-    """Frees a hold whose operation made no attempt. Idempotent."""
+    """Frees a hold whose operation made no attempt, or of which nobody knows whether it made one. Idempotent."""
     PostSettlements: _grpc.UnaryUnaryMultiCallable[_metering_service_pb2.PostSettlementsRequest, _metering_service_pb2.PostSettlementsResponse]
     """Posts settlements. Each is posted once by its attempt id, however often it is sent and in whatever order. Committed to the
     store when the call returns. The whole call fails only when the store does; faults of single settlements are in the results.
@@ -79,16 +79,16 @@ class MeteringServiceAsyncStub(MeteringServiceStub):
     """
     ReturnLease: _aio.UnaryUnaryMultiCallable[_metering_service_pb2.ReturnLeaseRequest, _metering_service_pb2.ReturnLeaseResponse]  # type: ignore[assignment]
     """Returns what is left of a lease. Idempotent."""
-    EndLeases: _aio.UnaryUnaryMultiCallable[_metering_service_pb2.EndLeasesRequest, _metering_service_pb2.EndLeasesResponse]  # type: ignore[assignment]
-    """Says that a replica has started: leases of the process that was there before it, under its name, end as soon as what was cut off
-    there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
+    EndReservations: _aio.UnaryUnaryMultiCallable[_metering_service_pb2.EndReservationsRequest, _metering_service_pb2.EndReservationsResponse]  # type: ignore[assignment]
+    """Says that a replica has started: leases and holds of the process that was there before it, under its name, end as soon as what was
+    cut off there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
     """
     Hold: _aio.UnaryUnaryMultiCallable[_metering_service_pb2.HoldRequest, _metering_service_pb2.HoldResponse]  # type: ignore[assignment]
     """Reserves money for one operation, without a lease, at key, project and tenant in one statement. RESOURCE_EXHAUSTED
     (BUDGET_EXHAUSTED) when one of them doesn't cover it. Idempotent per `operation_id`.
     """
     VoidHold: _aio.UnaryUnaryMultiCallable[_metering_service_pb2.VoidHoldRequest, _metering_service_pb2.VoidHoldResponse]  # type: ignore[assignment]
-    """Frees a hold whose operation made no attempt. Idempotent."""
+    """Frees a hold whose operation made no attempt, or of which nobody knows whether it made one. Idempotent."""
     PostSettlements: _aio.UnaryUnaryMultiCallable[_metering_service_pb2.PostSettlementsRequest, _metering_service_pb2.PostSettlementsResponse]  # type: ignore[assignment]
     """Posts settlements. Each is posted once by its attempt id, however often it is sent and in whatever order. Committed to the
     store when the call returns. The whole call fails only when the store does; faults of single settlements are in the results.
@@ -129,13 +129,13 @@ class MeteringServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns what is left of a lease. Idempotent."""
 
     @_abc_1.abstractmethod
-    def EndLeases(
+    def EndReservations(
         self,
-        request: _metering_service_pb2.EndLeasesRequest,
+        request: _metering_service_pb2.EndReservationsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_metering_service_pb2.EndLeasesResponse, _abc.Awaitable[_metering_service_pb2.EndLeasesResponse]]:
-        """Says that a replica has started: leases of the process that was there before it, under its name, end as soon as what was cut off
-        there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
+    ) -> _typing.Union[_metering_service_pb2.EndReservationsResponse, _abc.Awaitable[_metering_service_pb2.EndReservationsResponse]]:
+        """Says that a replica has started: leases and holds of the process that was there before it, under its name, end as soon as what was
+        cut off there is settled, and others needn't wait until they expire. Idempotent. A replica's first AcquireLease says the same.
         """
 
     @_abc_1.abstractmethod
@@ -154,7 +154,7 @@ class MeteringServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _metering_service_pb2.VoidHoldRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_metering_service_pb2.VoidHoldResponse, _abc.Awaitable[_metering_service_pb2.VoidHoldResponse]]:
-        """Frees a hold whose operation made no attempt. Idempotent."""
+        """Frees a hold whose operation made no attempt, or of which nobody knows whether it made one. Idempotent."""
 
     @_abc_1.abstractmethod
     def PostSettlements(

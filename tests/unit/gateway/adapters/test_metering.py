@@ -42,7 +42,11 @@ async def test_a_hold_and_its_end() -> None:
     world.metering.budget = 100
     hold = await world.port.hold("op", "key-1", 60, 0, time.time() + 60, timeout=1.0)
     assert (hold.amount_nano_usd, hold.budget_before_nano_usd, hold.budget_level) == (60, 100, "tenant")
-    await world.port.void(hold.hold_id, timeout=1.0)
+    await world.port.void(hold.hold_id, may_have_run=True, timeout=1.0)
+    (asked,) = world.metering.asked("Hold")
+    assert asked.replica_id == "gateway-test"
+    (voided,) = world.metering.asked("VoidHold")
+    assert (voided.hold_id, voided.may_have_run) == (hold.hold_id, True)
     await world.port.give_back("acme", "lease-1", 5, timeout=1.0)
     assert world.metering.asked("ReturnLease")[0].owed_nano_usd == 5
 

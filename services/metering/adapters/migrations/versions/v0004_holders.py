@@ -1,4 +1,4 @@
-"""Who holds a lease: a replica that was started again ends what the one before it held."""
+"""Who has a lease or a hold: a replica that was started again ends those of the one before it."""
 
 from __future__ import annotations
 
@@ -12,4 +12,7 @@ depends_on = None
 
 def upgrade() -> None:
     """Brings the schema up."""
-    op.execute("ALTER TABLE leases ADD COLUMN slot text NOT NULL DEFAULT '', ADD COLUMN incarnation text NOT NULL DEFAULT ''")
+    for table in ("holds", "leases"):
+        op.execute(
+            f"ALTER TABLE {table} ADD COLUMN slot text NOT NULL DEFAULT '', ADD COLUMN incarnation text NOT NULL DEFAULT ''"
+        )
