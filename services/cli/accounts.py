@@ -24,6 +24,15 @@ BudgetOption = Annotated[str | None, typer.Option("--budget", help="Most that ma
 RequestsOption = Annotated[int | None, typer.Option("--requests-per-minute", help="Rate limit; -1: unlimited.")]
 TokensOption = Annotated[int | None, typer.Option("--tokens-per-minute", help="Rate limit; -1: unlimited.")]
 ConcurrencyOption = Annotated[int | None, typer.Option("--concurrency", help="Requests at once; -1: unlimited.")]
+ModelLimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-limit",
+        metavar="MODEL:LIMITS",
+        help="Limits of one model besides, say openai/gpt-5:requests=60,tokens=100000,concurrency=5. May be given again for others.",
+    ),
+]
+_MODEL_LIMITS = {"requests": "requests_per_minute", "tokens": "tokens_per_minute", "concurrency": "concurrency"}
 
 
 def dollars(text: str) -> int:
@@ -37,25 +46,54 @@ def dollars(text: str) -> int:
     raise invalid("--budget", f"{text!r} is not an amount of dollars with at most 9 decimals")
 
 
+def _model_limits(text: str) -> tenancy_pb2.ModelLimits:
+    """Raises Failure (REQUEST_INVALID)."""
+    model, _, limits = text.rpartition(":")
+    found = tenancy_pb2.ModelLimits(model=model)
+    for part in limits.split(","):
+        name, _, value = part.partition("=")
+        field = _MODEL_LIMITS.get(name.strip())
+        try:
+            number = int(value)
+        except ValueError:
+            field = None
+        if not model or field is None:
+            raise invalid(
+                "--model-limit", f"{text!r} is not MODEL:LIMITS with LIMITS of {', '.join(f'{one}=N' for one in _MODEL_LIMITS)}"
+            )
+        setattr(found, field, number)
+    return found
+
+
 def _limits(
-    budget: str | None, requests_per_minute: int | None, tokens_per_minute: int | None, concurrency: int | None
+    budget: str | None,
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    concurrency: int | None,
+    models: list[str] | None,
 ) -> tenancy_pb2.Limits:
     return tenancy_pb2.Limits(
         budget_nano_usd=None if budget is None else dollars(budget),
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         concurrency=concurrency,
+        models=[_model_limits(text) for text in models or ()],
     )
 
 
-def _limit_words(limits: tenancy_pb2.Limits) -> str:
+def _rate_words(limits: tenancy_pb2.Limits | tenancy_pb2.ModelLimits) -> list[str]:
     words = []
-    if limits.HasField("budget_nano_usd"):
-        words.append(money(limits.budget_nano_usd))
     for field, unit in (("requests_per_minute", "req/min"), ("tokens_per_minute", "tokens/min"), ("concurrency", "at once")):
         if limits.HasField(field):  # type: ignore[arg-type]  # the stub lists names as literals; these are some of them
             value = getattr(limits, field)
             words.append(f"{'unlimited' if value < 0 else value} {unit}")
+    return words
+
+
+def _limit_words(limits: tenancy_pb2.Limits) -> str:
+    words = [money(limits.budget_nano_usd)] if limits.HasField("budget_nano_usd") else []
+    words += _rate_words(limits)
+    words += [f"{one.model}: {' + '.join(_rate_words(one))}" for one in limits.models]
     return ", ".join(words) or "defaults"
 
 
@@ -87,11 +125,12 @@ def create_tenant(
     requests_per_minute: RequestsOption = None,
     tokens_per_minute: TokensOption = None,
     concurrency: ConcurrencyOption = None,
+    model_limit: ModelLimitOption = None,
     state_dir: StateDirOption = None,
     timeout: TimeoutOption = 10.0,
 ) -> None:
     """Makes a tenant with a project `default`."""
-    limits = _limits(budget, requests_per_minute, tokens_per_minute, concurrency)
+    limits = _limits(budget, requests_per_minute, tokens_per_minute, concurrency, model_limit)
     with Session(state_dir, timeout) as session, failures():
         client = session.client
         made = client.tenancy.CreateTenant(
@@ -128,11 +167,12 @@ def update_tenant(
     requests_per_minute: RequestsOption = None,
     tokens_per_minute: TokensOption = None,
     concurrency: ConcurrencyOption = None,
+    model_limit: ModelLimitOption = None,
     state_dir: StateDirOption = None,
     timeout: TimeoutOption = 10.0,
 ) -> None:
     """Changes a tenant's limits; those not named stay as they are."""
-    limits = _limits(budget, requests_per_minute, tokens_per_minute, concurrency)
+    limits = _limits(budget, requests_per_minute, tokens_per_minute, concurrency, model_limit)
     changed = [f"limits.{field.name}" for field, _ in limits.ListFields()]
     if not changed:
         raise invalid("limits", "name at least one limit to change; see --help")
@@ -194,6 +234,7 @@ def create_key(
     requests_per_minute: RequestsOption = None,
     tokens_per_minute: TokensOption = None,
     concurrency: ConcurrencyOption = None,
+    model_limit: ModelLimitOption = None,
     state_dir: StateDirOption = None,
     timeout: TimeoutOption = 10.0,
 ) -> None:
@@ -204,7 +245,7 @@ def create_key(
         display_name=name,
         scopes=scope or ["inference", "jobs", "usage"],
         allowed_models=model or [],
-        limits=_limits(budget, requests_per_minute, tokens_per_minute, concurrency),
+        limits=_limits(budget, requests_per_minute, tokens_per_minute, concurrency, model_limit),
     )
     if expires_in_days is not None:
         key.expire_time.FromDatetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=expires_in_days))

@@ -28,12 +28,12 @@ from services.gateway.features import signals
 from services.gateway.holds import Prompt, Reckoning, clamp, reckon, worst_cost
 from services.gateway.identities import Identities
 from services.gateway.journal import Journal
-from services.gateway.leases import Leases, Standing
+from services.gateway.leases import Leases, Standing, lease_name
 from services.gateway.needs import find_needs
 from services.gateway.operations import OperationIds, Requests
 from services.gateway.outcomes import Outcomes, Report
 from services.gateway.owners import Passing
-from services.gateway.plans import Plan, PlanFields, PlanKey, Plans, round_up
+from services.gateway.plans import Plan, PlanFields, PlanKey, PlannedCandidate, Plans, round_up
 from services.gateway.ports import OUTAGES, Metering
 from services.gateway.principals import Principal
 from services.gateway.receipts import Completion, Facts, receipt_to_proto
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "Core", "CoreLimits", "Peers", "Principal", "Surroundings"]
 
 _VERSION_RETRY_SECONDS: Final = 1.0
+_LIMITED: Final = frozenset((Reason.RATE_LIMITED, Reason.CONCURRENCY_LIMITED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -535,6 +536,8 @@ class Core:
                 facts.candidates = plan.candidates
         if not facts.candidates:
             await self._plan_exactly(facts, shape, deadline, forward, streaming=streaming)
+        if principal.limited_models:
+            await self._admit_model(facts, deadline)
         if facts.input_count is None and not streaming and self._counts.is_needless(facts, shape):
             facts.input_count = estimated_count(shape)
             facts.is_uncounted = True
@@ -671,19 +674,53 @@ class Core:
         else:
             return
         left = []
-        rejections = []
         largest = 0
         for candidate in candidates:
             if 0 < candidate.context_window < needed:
                 largest = max(largest, candidate.context_window)
-                rejections.append(
-                    (candidate.model, f"context_window: {needed} tokens are needed, its window has {candidate.context_window}")
+                facts.reject(
+                    candidate.model, f"context_window: {needed} tokens are needed, its window has {candidate.context_window}"
                 )
             else:
                 left.append(candidate)
         if not left:
             raise context_window_exceeded(needed, largest)
-        facts.window_rejections = rejections
+        facts.candidates = left
+
+    async def _admit_model(self, facts: Facts, deadline: float) -> None:
+        """Takes from the limits of the model that is to be asked first, and leaves out those whose limits are used up. Failure
+        RATE_LIMITED or CONCURRENCY_LIMITED when none is left.
+
+        What is asked in another's place when that fails is charged when it has answered: set aside beforehand, it would be kept from
+        those who ask for it first.
+        """
+        principal = facts.principal
+        leases, limited, key_id = self._leases, principal.limited_models, principal.key_id
+        left: list[PlannedCandidate] = []
+        refusal: Failure | None = None
+        for candidate in facts.candidates:
+            model = candidate.model
+            if model in limited:
+                if left:
+                    if leases.is_used_up(key_id, model):
+                        facts.reject(model, "model_limit: a limit of the model is used up")
+                        continue
+                else:
+                    lease = leases.admit(lease_name(key_id, model), facts.taken_tokens)
+                    try:
+                        if lease is None:
+                            timeout = self._left(deadline, self._limits.lease, "metering")
+                            lease = await leases.admit_waiting(principal.tenant_id, key_id, facts.taken_tokens, timeout, model)
+                    except Failure as failure:
+                        if failure.reason not in _LIMITED:
+                            raise
+                        refusal = refusal or failure
+                        facts.reject(model, f"model_limit: {failure.message}")
+                        continue
+                    facts.model_lease = lease
+            left.append(candidate)
+        if refusal is not None and not left:
+            raise refusal
         facts.candidates = left
 
     # Money
@@ -845,7 +882,18 @@ class Core:
                     usage = answer.usage
                     used = usage.input_token_count + usage.output_token_count
             self._leases.leave(lease, used - facts.taken_tokens)
+            if facts.principal.limited_models and not facts.is_hit:
+                self._leave_model(facts, used)
         self._exit()
+
+    def _leave_model(self, facts: Facts, used: int) -> None:
+        principal, lease, answer = facts.principal, facts.model_lease, facts.answer
+        answered = answer.model if answer is not None else ""
+        is_first = lease is not None and answered in ("", lease.model)
+        if lease is not None:
+            self._leases.leave(lease, (used if is_first else 0) - facts.taken_tokens)
+        if not is_first and answered in principal.limited_models:
+            self._leases.charge(principal.tenant_id, principal.key_id, answered, used)
 
     def _exit(self) -> None:
         self._under_way -= 1
@@ -961,6 +1009,8 @@ class Core:
         facts.plan, facts.candidates = plan, plan.candidates
         if not plan.candidates:
             raise no_candidate(plan.response, request.model)
+        if principal.limited_models:
+            await self._admit_model(facts, deadline)
         # A byte is at least a token's worth: the bound needs no tokenizer, and the prompt is all that an embedding costs.
         facts.input_count = estimated_count(shape)
         await self._hold_embedding(facts, shape, deadline)

@@ -59,19 +59,28 @@ class Standing:
     """Seconds until all of it is there again; None: that doesn't depend on time."""
 
 
+def lease_name(key_id: str, model: str = "") -> str:
+    """What a lease is known by: that of a key, or that of one model for the key."""
+    return f"{key_id}/{model}" if model else key_id
+
+
 class Lease:
-    """The slices of one key at this replica. Fields are read by the hot path; only `Leases` changes them."""
+    """The slices of one key at this replica, or those of one model for the key. Fields are read by the hot path; only `Leases` changes
+    them.
+    """
 
     __slots__ = (
         "budget", "concurrency", "concurrency_limit", "expires", "factor", "failed_until", "generation", "granted", "held", "in_flight",
-        "is_all_concurrency", "key_id", "largest_hold", "lease_id", "low_money", "low_requests", "low_tokens", "money", "no_concurrency_until",
+        "is_all_concurrency", "key_id", "largest_hold", "lease_id", "low_money", "low_requests", "low_tokens", "model", "money", "name", "no_concurrency_until",
         "no_money_until", "no_rate_until", "pending", "renews", "request_limit", "requests", "slice_money", "spent", "stranded",
         "tenant_id", "token_limit", "tokens", "used", "waiting", "wanted",
     )  # fmt: skip
 
-    def __init__(self, tenant_id: str, key_id: str) -> None:
+    def __init__(self, tenant_id: str, key_id: str, model: str = "") -> None:
         self.tenant_id = tenant_id
         self.key_id = key_id
+        self.model = model
+        self.name = lease_name(key_id, model)
         self.lease_id = ""
         self.generation = 0
         """Rises when the money slice is replaced; a hold gives back only to the slice it was taken from."""
@@ -158,9 +167,9 @@ class Leases:
         self._sequence = 0
         self.renewal_failure_count = 0
 
-    def admit(self, key_id: str, tokens: int) -> Lease | None:
-        """Takes one request and `tokens` tokens from the lease; None: `admit_waiting` must be asked. Hot path."""
-        lease = self._leases.get(key_id)
+    def admit(self, name: str, tokens: int) -> Lease | None:
+        """Takes one request and `tokens` tokens from the lease of a key (`lease_name`); None: `admit_waiting` must be asked. Hot path."""
+        lease = self._leases.get(name)
         if lease is None:
             return None
         now = self._clock()
@@ -196,14 +205,15 @@ class Leases:
             found.append(Standing("concurrency", limit.limit, max(0, left), None))
         return found
 
-    async def admit_waiting(self, tenant_id: str, key_id: str, tokens: int, timeout: float) -> Lease:
+    async def admit_waiting(self, tenant_id: str, key_id: str, tokens: int, timeout: float, model: str = "") -> Lease:
         """As `admit`, asking metering first. Failure RATE_LIMITED or CONCURRENCY_LIMITED with a retry delay, DEPENDENCY_UNAVAILABLE
         when metering can't be asked and the lease has nothing left.
         """
-        lease = self._leases.get(key_id)
+        name = lease_name(key_id, model)
+        lease = self._leases.get(name)
         if lease is None:
-            lease = self._open(tenant_id, key_id)
-        admitted = self.admit(key_id, tokens)
+            lease = self._open(tenant_id, key_id, model)
+        admitted = self.admit(name, tokens)
         if admitted is not None:
             return admitted
         self._refuse_early(lease)
@@ -215,7 +225,7 @@ class Leases:
                 # Else the sweep could take the lease for idle, and let it go, while it is being renewed.
                 lease.used = True
                 await self._refill(lease, 0, timeout)
-                admitted = self.admit(key_id, tokens)
+                admitted = self.admit(name, tokens)
                 if admitted is not None:
                     return admitted
                 if self._clock() < lease.no_rate_until or (lease.in_flight >= lease.concurrency and lease.is_all_concurrency):
@@ -230,6 +240,30 @@ class Leases:
         """The request is over; it used `token_correction` tokens more than was taken at admission (negative: fewer)."""
         lease.in_flight -= 1
         lease.tokens -= token_correction
+
+    def is_used_up(self, key_id: str, model: str) -> bool:
+        """Whether a rate of a model is known to have nothing left at the moment."""
+        lease = self._leases.get(lease_name(key_id, model))
+        if lease is None:
+            return False
+        now = self._clock()
+        return now < lease.expires and now < lease.no_rate_until and (lease.requests <= 0 or lease.tokens <= 0)
+
+    def charge(self, tenant_id: str, key_id: str, model: str, tokens: int) -> None:
+        """A model has answered in another's place, and wasn't asked for before: one request and `tokens` tokens of it were used."""
+        name = lease_name(key_id, model)
+        lease = self._leases.get(name)
+        if lease is None:
+            try:
+                lease = self._open(tenant_id, key_id, model)
+            except Failure:
+                # So many are in use that this one isn't kept.
+                return
+        lease.requests -= 1
+        lease.tokens -= tokens
+        lease.used = True
+        if not lease.wanted and (lease.requests < lease.low_requests or lease.tokens < lease.low_tokens):
+            self._want(lease)
 
     def take(self, lease: Lease, amount: int) -> bool:
         """Holds `amount` from the money slice; False: it has too little."""
@@ -325,26 +359,26 @@ class Leases:
 
     def forget(self, key_id: str) -> None:
         """The key was revoked: its lease is returned."""
-        lease = self._leases.get(key_id)
-        if lease is not None:
+        for lease in [lease for lease in self._leases.values() if lease.key_id == key_id]:
             lease.expires = 0.0
             lease.used = False
             self._want(lease)
 
-    def _open(self, tenant_id: str, key_id: str) -> Lease:
+    def _open(self, tenant_id: str, key_id: str, model: str) -> Lease:
         if len(self._leases) >= self._max_count:
             idle = next((lease for lease in self._leases.values() if lease.in_flight == 0), None)
             if idle is None:
                 raise Failure(Reason.OVERLOADED, "too many keys are in use at once; retry later", retry_delay=1.0)
-            del self._leases[idle.key_id]
+            del self._leases[idle.name]
             if idle.lease_id:
                 self._releases.give_back(idle.tenant_id, idle.lease_id, idle.owed())
-        lease = self._leases[key_id] = Lease(tenant_id, key_id)
+        lease = Lease(tenant_id, key_id, model)
+        self._leases[lease.name] = lease
         return lease
 
     def _want(self, lease: Lease) -> None:
         lease.wanted = True
-        self._due[lease.key_id] = lease
+        self._due[lease.name] = lease
         self._work.set()
 
     def _refuse_early(self, lease: Lease) -> None:
@@ -371,8 +405,8 @@ class Leases:
             size = str(limit.limit) if limit is not None else "0"
             raise Failure(
                 Reason.RATE_LIMITED,
-                f"the limit of {size} {what} per minute of this {level} is used up; retry later or ask for a higher limit",
-                metadata={"limit": size, "level": level},
+                f"the limit of {size} {what} per minute of {_whose(lease, level)} is used up; retry later or ask for a higher limit",
+                metadata=_about(lease, size, level),
                 retry_delay=round(lease.no_rate_until - now, 3),
             )
         if lease.in_flight >= lease.concurrency:
@@ -383,15 +417,15 @@ class Leases:
             size = str(limit.limit) if limit is not None else str(lease.concurrency)
             raise Failure(
                 Reason.CONCURRENCY_LIMITED,
-                f"the {size} requests that this {level} may run at once are running, or set aside for its other keys and gateways; "
+                f"the {size} requests that {_whose(lease, level)} may run at once are running, or set aside for other keys and gateways; "
                 "retry when one has ended",
-                metadata={"limit": size, "level": level},
+                metadata=_about(lease, size, level),
                 retry_delay=1.0,
             )
         raise unavailable("metering", "the lease ran out while it was renewed; retry")
 
     async def _refill(self, lease: Lease, needed_money: int, timeout: float) -> None:
-        await self._refills.run(lease.key_id, lambda: self._ask(lease, needed_money, min(timeout, self._call_seconds)), timeout)
+        await self._refills.run(lease.name, lambda: self._ask(lease, needed_money, min(timeout, self._call_seconds)), timeout)
 
     async def _ask(self, lease: Lease, needed_money: int, timeout: float) -> None:
         now = self._clock()
@@ -434,7 +468,7 @@ class Leases:
         left_requests = max(0, lease.requests) if lease.requests < _ENDLESS else 0
         left_tokens = max(0, lease.tokens) if lease.tokens < _ENDLESS else 0
         money = 0
-        if lease.money < _ENDLESS:
+        if lease.money < _ENDLESS and not lease.model:
             # Room for several of the largest holds seen, so that long answers don't ask every time.
             slice_size = max(sizes.nano_usd, 8 * lease.largest_hold)
             money = max(slice_size - lease.money, needed_money - lease.money, 0)
@@ -446,13 +480,14 @@ class Leases:
             sequence=self._sequence,
             key_id=lease.key_id,
             lease_id=lease.lease_id,
-            request_count=max(0, max(request_count, lease.waiting) - left_requests),
+            request_count=max(0, max(request_count, lease.waiting) - lease.requests) if lease.requests < _ENDLESS else 0,
             token_count=max(0, token_count - lease.tokens) if lease.tokens < _ENDLESS else 0,
             concurrency=concurrency,
             nano_usd=money,
             left_request_count=left_requests,
             left_token_count=left_tokens,
             tenant_id=lease.tenant_id,
+            model=lease.model,
         )
 
     def _apply(self, lease: Lease, wish: LeaseWish, grant: Grant) -> None:
@@ -499,7 +534,10 @@ class Leases:
         """The lease has expired: the store has taken its slices back."""
         lease.lease_id = ""
         lease.generation += 1
-        lease.requests = lease.tokens = lease.money = lease.held = lease.stranded = lease.spent = lease.slice_money = 0
+        # What was used beyond the slices is owed to the next ones.
+        lease.requests = min(0, lease.requests)
+        lease.tokens = min(0, lease.tokens)
+        lease.money = lease.held = lease.stranded = lease.spent = lease.slice_money = 0
 
     async def _renew(self, lease: Lease) -> None:
         lease.wanted = False
@@ -508,7 +546,7 @@ class Leases:
             return
         try:
             if lease.expires == 0.0 and not lease.used:
-                self._leases.pop(lease.key_id, None)
+                self._leases.pop(lease.name, None)
                 await self._give_back(lease, self._call_seconds)
                 return
             if lease.stranded * 2 > lease.slice_money:
@@ -554,6 +592,17 @@ class Leases:
                 # Unused since the last grant: its money is for others.
                 lease.expires = 0.0
                 self._want(lease)
+
+
+def _whose(lease: Lease, level: str) -> str:
+    return f"the model {lease.model}" if lease.model else f"this {level}"
+
+
+def _about(lease: Lease, size: str, level: str) -> dict[str, str]:
+    about = {"limit": size, "level": level}
+    if lease.model:
+        about["model"] = lease.model
+    return about
 
 
 def _on_top(left: int, granted: int) -> int:

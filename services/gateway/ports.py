@@ -33,6 +33,8 @@ class LeaseWish:
     left_token_count: int
     tenant_id: str
     """Whose limits they are: one metering process counts all of a tenant's."""
+    model: str = ""
+    """Whose limits alone are asked for, without money; empty: those that hold whatever the model."""
 
 
 @dataclass(frozen=True, slots=True)

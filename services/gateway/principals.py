@@ -20,3 +20,5 @@ class Principal:
     """Cache namespace when the request names none; empty: `default`."""
     expire_time: float | None
     """Unix seconds; None: never."""
+    limited_models: frozenset[str] = frozenset()
+    """Catalogue ids of models that have limits of their own for this key."""

@@ -21,8 +21,8 @@ class Facts:
     __slots__ = (
         "answer", "attempt_count", "attempts", "budget_before", "budget_level", "cache_reason", "cache_status", "candidates", "cost", "degradations",
         "end_ns", "first_byte_ns", "generation", "hold", "hold_id", "input_count", "is_cost_unknown", "is_hit", "is_uncounted", "kind", "lease", "lookup", "lookup_ns",
-        "max_output", "operation_id", "plan", "price_version", "principal", "receive_ns", "request", "request_key", "saved", "shape", "start",
-        "taken_tokens", "window_rejections",
+        "max_output", "model_lease", "operation_id", "plan", "price_version", "principal", "receive_ns", "rejections", "request", "request_key", "saved", "shape", "start",
+        "taken_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +50,8 @@ class Facts:
         self.end_ns = 0
         self.shape: Shape | None = None
         self.lease: Lease | None = None
+        self.model_lease: Lease | None = None
+        """Of the model that is asked first, where that has limits of its own."""
         self.taken_tokens = 0
         self.lookup: caching_service_pb2.LookupResponse | None = None
         self.lookup_ns = 0
@@ -60,7 +62,7 @@ class Facts:
         self.plan: Plan | None = None
         self.candidates: Sequence[PlannedCandidate] = ()
         """Those of the plan that are left after the gateway's own checks."""
-        self.window_rejections: list[tuple[str, str]] | None = None
+        self.rejections: list[tuple[str, str]] | None = None
         self.input_count: receipt_pb2.TokenCount | None = None
         self.is_uncounted = False
         """`input_count` goes by the prompt's size, since nothing depends on it."""
@@ -81,6 +83,12 @@ class Facts:
         self.saved = 0
         self.price_version = ""
         self.degradations: list[str] | None = None
+
+    def reject(self, model: str, why: str) -> None:
+        """Notes a candidate that is left out here and wasn't in the plan."""
+        if self.rejections is None:
+            self.rejections = []
+        self.rejections.append((model, why))
 
     def degrade(self, what: str) -> None:
         """Notes a step that went on without a dependency."""
@@ -202,7 +210,7 @@ def _add_plan(receipt: receipt_pb2.Receipt, facts: Facts, plan: Plan) -> None:
     receipt.task_type_reason = response.task_type_reason
     receipt.policy = response.policy
     receipt.policy_version = response.policy_version
-    dropped = dict(facts.window_rejections or ())
+    dropped = dict(facts.rejections or ())
     for candidate in response.candidates:
         if candidate.model not in dropped:
             receipt.candidates.add(

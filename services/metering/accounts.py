@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import json
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -14,9 +15,21 @@ _ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 class Level(enum.Enum):
     """Where a limit stands, narrowest first."""
 
+    MODEL = "model"
+    """Of one model, at one of the others. Only rates and concurrency stand there."""
     KEY = "key"
     PROJECT = "project"
     TENANT = "tenant"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What of one model may be used. None and -1: unlimited."""
+
+    model: str
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,12 @@ class Limits:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrency: int | None = None
+    models: tuple[ModelLimits, ...] = ()
+    """Besides, of single models; by model, each once."""
+
+    def of_model(self, model: str) -> ModelLimits | None:
+        """The limits of one model; None: it has none of its own."""
+        return next((limits for limits in self.models if limits.model == model), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +115,17 @@ class Payer:
     def accounts(self) -> tuple[str, str, str]:
         """Account names, key first."""
         return (key_account(self.key_id), project_account(self.tenant_id, self.project_id), tenant_account(self.tenant_id))
+
+
+def models_to_json(models: tuple[ModelLimits, ...]) -> str:
+    """Limits of models as a store keeps them."""
+    return json.dumps([[one.model, one.requests_per_minute, one.tokens_per_minute, one.concurrency] for one in models])
+
+
+def models_from_json(text: str) -> tuple[ModelLimits, ...]:
+    """Limits of models as they were given to `models_to_json`."""
+    # Nearly always.
+    return () if text == "[]" else tuple(ModelLimits(*one) for one in json.loads(text))
 
 
 def key_account(key_id: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from services.metering.accounts import Level, Limits, Payer
+from services.metering.accounts import Level, Limits, ModelLimits, Payer
 from services.metering.errors import KeyUnknown
 from services.metering.ledger import Hold, HoldState, Replica, Slice
 from services.metering.limits import UNLIMITED, Concurrency, Rates
@@ -18,6 +18,9 @@ from services.metering.ports import Chain, Store
 
 _MOST_ANSWERS: Final = 100_000
 _MOST_FOLLOWED: Final = 10_000
+_KINDS: Final = ("requests", "tokens", "concurrency")
+_FREE: Final = Slice(UNLIMITED, None, None, "")
+"""What the lease of a model has of money: that is the key's."""
 _SETTLE_SECONDS: Final = 15.0
 """After the replica of a lease or hold has let go of it, or was lost: by then what ran there is settled. Execution posts within
 milliseconds, and within seconds of its own restart. What comes later is posted all the same."""
@@ -43,6 +46,8 @@ class Wish:
     tokens: int
     concurrency: int
     nano_usd: int
+    model: str = ""
+    """Whose limits alone are asked for; empty: those that hold whatever the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +97,8 @@ class Leasing:
         self._clock = clock
         self._rates = Rates()
         self._concurrency = Concurrency()
-        self._answers: OrderedDict[tuple[str, str], tuple[int, Grant]] = OrderedDict()
-        self._asking: dict[tuple[str, str], tuple[asyncio.Lock, int]] = {}
+        self._answers: OrderedDict[tuple[str, str, str], tuple[int, Grant]] = OrderedDict()
+        self._asking: dict[tuple[str, str, str], tuple[asyncio.Lock, int]] = {}
         """Locks by who asks, with how many hold or await them."""
         self._replicas: dict[str, float] = {}
         self._incarnations: dict[str, str] = {}
@@ -104,8 +109,8 @@ class Leasing:
         """Leases that are out, by replica."""
 
     async def acquire(self, wish: Wish) -> Grant:
-        """Grants what can be had. A repeated wish (same replica, key and sequence) gets the grant it got. Raises KeyUnknown."""
-        asked = (wish.replica_id, wish.key_id)
+        """Grants what can be had. A repeated wish (same replica, key, model and sequence) gets the grant it got. Raises KeyUnknown."""
+        asked = (wish.replica_id, wish.key_id, wish.model)
         # A repetition may come while the first is still being granted: it waits, so that money is deducted once.
         lock, count = self._asking.get(asked) or (asyncio.Lock(), 0)
         self._asking[asked] = (lock, count + 1)
@@ -139,10 +144,11 @@ class Leasing:
         lease_id = wish.lease_id or _lease_id(wish)
         self._leases_of.setdefault(wish.replica_id, set()).add(lease_id)
         expires = now + self._seconds
-        money = await self._money(payer, wish, lease_id, expires)
-        requests, wait = self._rates.take(self._limits(chain, "requests"), max(0, wish.requests), now)
-        tokens, token_wait = self._rates.take(self._limits(chain, "tokens"), max(0, wish.tokens), now)
-        share = self._concurrency.share(lease_id, self._limits(chain, "concurrency"), max(1, wish.concurrency), expires, now)
+        money = _FREE if wish.model else await self._money(payer, wish, lease_id, expires)
+        limits = {kind: self._limits(chain, kind, wish.model) for kind in _KINDS}
+        requests, wait = self._rates.take(limits["requests"], max(0, wish.requests), now)
+        tokens, token_wait = self._rates.take(limits["tokens"], max(0, wish.tokens), now)
+        share = self._concurrency.share(lease_id, limits["concurrency"], max(1, wish.concurrency), expires, now)
         return Grant(
             lease_id,
             expires,
@@ -150,7 +156,7 @@ class Leasing:
             tokens,
             share,
             money.granted,
-            tuple(self._standings(chain, money, now)),
+            tuple(self._standings(chain, wish.model, money, now)),
             max(wait, token_wait),
         )
 
@@ -211,10 +217,10 @@ class Leasing:
     def _settled(self) -> float:
         return self._clock() + min(self._grace, _SETTLE_SECONDS)
 
-    def _limits(self, chain: Chain, kind: str) -> dict[str, int]:
-        """Limits by name of the account, unlimited ones left out."""
+    def _limits(self, chain: Chain, kind: str, model: str) -> dict[str, int]:
+        """Limits by kind and name, unlimited ones left out."""
         found = {}
-        for level, name, limits in _levels(chain):
+        for level, name, limits in _levels(chain, model):
             value = _value(limits, kind)
             if value is None and level is Level.TENANT:
                 value = {"requests": self._defaults.requests_per_minute, "concurrency": self._defaults.concurrency}.get(kind)
@@ -222,12 +228,12 @@ class Leasing:
                 found[f"{kind}:{name}"] = value
         return found
 
-    def _standings(self, chain: Chain, money: Slice, now: float) -> list[Standing]:
+    def _standings(self, chain: Chain, model: str, money: Slice, now: float) -> list[Standing]:
         standings = []
-        for level, name, _ in _levels(chain):
-            for kind in ("requests", "tokens", "concurrency"):
+        for level, name, _ in _levels(chain, model):
+            for kind in _KINDS:
                 key = f"{kind}:{name}"
-                limit = self._limits(chain, kind).get(key)
+                limit = self._limits(chain, kind, model).get(key)
                 if limit is not None:
                     left = limit - self._concurrency.used(key) if kind == "concurrency" else self._rates.left(key, limit, now)
                     standings.append(Standing(level, kind, limit, max(0, left)))
@@ -236,16 +242,23 @@ class Leasing:
         return standings
 
 
-def _levels(chain: Chain) -> list[tuple[Level, str, Limits]]:
+def _levels(chain: Chain, model: str) -> list[tuple[Level, str, Limits | ModelLimits]]:
     tenant, project, key = chain.tenant, chain.project, chain.key
-    return [
+    levels: list[tuple[Level, str, Limits]] = [
         (Level.KEY, f"key/{key.id}", key.limits),
         (Level.PROJECT, f"project/{tenant.id}/{project.id}", project.limits),
         (Level.TENANT, f"tenant/{tenant.id}", tenant.limits),
     ]
+    if not model:
+        return [*levels]
+    return [
+        (Level.MODEL, f"{name}/{model}", of_model)
+        for _, name, limits in levels
+        if (of_model := limits.of_model(model)) is not None
+    ]
 
 
-def _value(limits: Limits, kind: str) -> int | None:
+def _value(limits: Limits | ModelLimits, kind: str) -> int | None:
     match kind:
         case "requests":
             return limits.requests_per_minute
@@ -256,5 +269,5 @@ def _value(limits: Limits, kind: str) -> int | None:
 
 
 def _lease_id(wish: Wish) -> str:
-    digest = hashlib.blake2b(f"{wish.replica_id}|{wish.key_id}|{wish.sequence}".encode(), digest_size=12)
+    digest = hashlib.blake2b(f"{wish.replica_id}|{wish.key_id}|{wish.sequence}|{wish.model}".encode(), digest_size=12)
     return f"lease-{digest.hexdigest()}"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Final
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from services.metering.accounts import Balance, Key, Limits, Project, Tenant, key_account
+from services.metering.accounts import Balance, Key, Limits, ModelLimits, Project, Tenant, key_account
 from services.metering.cost import Price, cost_of
 from services.metering.leasing import Grant
 from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, HoldState, Settlement, Verdict
-from services.metering.ports import Posted, UsageRow
+from services.metering.ports import Chain, Posted, UsageRow
 from services.metering.pricebook import PriceBook
 from services.runtime.errors import invalid
 from sluice.inference.v1 import answer_pb2
@@ -36,6 +37,8 @@ _KINDS: Final = MappingProxyType(
     }
 )
 _MAX_AMOUNT: Final = 1 << 60
+_MAX_MODELS: Final = 64
+_MAX_MODEL: Final = 256
 _MAX_COUNT: Final = 1 << 40
 """Of tokens and pictures of one attempt. Far above any, and low enough that sums over all of them fit an int64."""
 _REQUEST_KEY_BYTES: Final = 16
@@ -240,7 +243,31 @@ def limits_from_proto(message: tenancy_service_pb2.Limits) -> Limits:
         optional("requests_per_minute", -1),
         optional("tokens_per_minute", -1),
         optional("concurrency", -1),
+        _models_from_proto(message.models),
     )
+
+
+def _models_from_proto(messages: Sequence[tenancy_service_pb2.ModelLimits]) -> tuple[ModelLimits, ...]:
+    if len(messages) > _MAX_MODELS:
+        raise invalid("limits.models", f"must have at most {_MAX_MODELS} entries, got {len(messages)}")
+    found: dict[str, ModelLimits] = {}
+    for number, message in enumerate(messages):
+        where = f"limits.models[{number}]"
+        model = message.model
+        if not 0 < len(model) <= _MAX_MODEL:
+            raise invalid(f"{where}.model", f"must have 1 to {_MAX_MODEL} characters")
+        if model in found:
+            raise invalid(f"{where}.model", f"{model!r} is there twice")
+        values: list[int | None] = []
+        for field in ("requests_per_minute", "tokens_per_minute", "concurrency"):
+            value = getattr(message, field) if message.HasField(field) else None
+            if value is not None and not -1 <= value <= _MAX_AMOUNT:
+                raise invalid(f"{where}.{field}", f"must be at least -1, got {value}")
+            values.append(value)
+        if values == [None, None, None]:
+            raise invalid(where, "must have a limit: requests_per_minute, tokens_per_minute or concurrency")
+        found[model] = ModelLimits(model, *values)
+    return tuple(found[model] for model in sorted(found))
 
 
 def limits_to_proto(limits: Limits) -> tenancy_service_pb2.Limits:
@@ -250,6 +277,15 @@ def limits_to_proto(limits: Limits) -> tenancy_service_pb2.Limits:
         requests_per_minute=limits.requests_per_minute,
         tokens_per_minute=limits.tokens_per_minute,
         concurrency=limits.concurrency,
+        models=[
+            tenancy_service_pb2.ModelLimits(
+                model=one.model,
+                requests_per_minute=one.requests_per_minute,
+                tokens_per_minute=one.tokens_per_minute,
+                concurrency=one.concurrency,
+            )
+            for one in limits.models
+        ],
     )
 
 
@@ -299,8 +335,9 @@ def key_to_proto(key: Key) -> tenancy_service_pb2.Key:
     )
 
 
-def identity_of(key: Key) -> metering_service_pb2.Identity:
+def identity_of(chain: Chain) -> metering_service_pb2.Identity:
     """What a key stands for."""
+    key = chain.key
     return metering_service_pb2.Identity(
         tenant_id=key.tenant_id,
         project_id=key.project_id,
@@ -309,6 +346,7 @@ def identity_of(key: Key) -> metering_service_pb2.Identity:
         allowed_models=key.allowed_models,
         expire_time=timestamp(key.expire_time),
         cache_namespace=key.cache_namespace,
+        limited_models=sorted({one.model for part in (chain.tenant, chain.project, key) for one in part.limits.models}),
     )
 
 

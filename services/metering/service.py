@@ -66,7 +66,7 @@ class MeteringServicer:
         reuse = self._identity_reuse
         if chain.key.expire_time is not None:
             reuse = max(0.0, min(reuse, chain.key.expire_time - now))
-        return pb2.AuthenticateResponse(identity=identity_of(chain.key), reuse_duration=duration(reuse))
+        return pb2.AuthenticateResponse(identity=identity_of(chain), reuse_duration=duration(reuse))
 
     async def AcquireLease(self, request: pb2.AcquireLeaseRequest, call: Call) -> pb2.AcquireLeaseResponse:
         """See the proto."""
@@ -74,6 +74,8 @@ class MeteringServicer:
         required(request.key_id, "key_id")
         if request.lease_id:
             required(request.lease_id, "lease_id")
+        if request.model:
+            required(request.model, "model")
         wish = Wish(
             request.replica_id,
             request.sequence,
@@ -83,6 +85,7 @@ class MeteringServicer:
             request.wanted_token_count,
             request.wanted_concurrency,
             request.wanted_nano_usd,
+            request.model,
         )
         return grant_to_proto(await self._leasing.acquire(wish))
 

@@ -71,6 +71,28 @@ def test_limits_are_told_and_kept(mesh: Running) -> None:
     assert 1 <= int(headers["retry-after"]) <= 20
 
 
+def test_the_limits_of_one_model_leave_the_others_alone(mesh: Running) -> None:
+    models = [tenancy_service_pb2.ModelLimits(model=ECHO, requests_per_minute=2)]
+    key = tenancy_service_pb2.Key(
+        tenant_id="default",
+        project_id="default",
+        scopes=["inference"],
+        limits=tenancy_service_pb2.Limits(models=models),
+    )
+    with mesh.client() as admin:
+        made = admin.tenancy.CreateKey(tenancy_service_pb2.CreateKeyRequest(key=key), timeout=10, metadata=admin.as_admin)
+    with openai.OpenAI(base_url=f"{mesh.ready.http}/v1", api_key=made.secret, max_retries=0, timeout=60) as client:
+        # No model answers in another's place here: the request says which one.
+        alone = {"x-sluice-allow-fallback": "false"}
+        for _ in range(2):
+            client.chat.completions.create(model=ECHO, messages=scripted(), extra_headers=alone)
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model=ECHO, messages=scripted(), extra_headers=alone)
+        client.chat.completions.create(model=LOCAL_MODEL, messages=turns(uuid.uuid4().hex), max_tokens=4, extra_headers=alone)
+    assert f"the limit of 2 requests per minute of the model {ECHO} is used up" in str(caught.value)
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 30
+
+
 def test_a_chat_with_the_real_model(sdk: openai.OpenAI) -> None:
     raw = sdk.chat.completions.with_raw_response.create(
         model=LOCAL_MODEL, messages=turns("What is the capital of France?"), temperature=0, max_tokens=24

@@ -48,6 +48,7 @@ class MeteringClient:
             wanted_nano_usd=wish.nano_usd,
             left_request_count=wish.left_request_count,
             left_token_count=wish.left_token_count,
+            model=wish.model,
         )
         return grant_from_proto(await self._of_tenant(wish.tenant_id, "AcquireLease", request, timeout))
 
@@ -125,6 +126,7 @@ def principal_from_proto(identity: metering_service_pb2.Identity) -> Principal:
         allowed_models=tuple(sorted(identity.allowed_models)),
         cache_namespace=identity.cache_namespace,
         expire_time=expire_time,
+        limited_models=frozenset(identity.limited_models),
     )
 
 

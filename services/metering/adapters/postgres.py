@@ -32,6 +32,8 @@ from services.metering.accounts import (
     Project,
     Tenant,
     key_account,
+    models_from_json,
+    models_to_json,
     project_account,
     tenant_account,
 )
@@ -104,19 +106,19 @@ def url_of(text: str) -> URL:
     return url.set(drivername="postgresql+asyncpg", query=query)
 
 
-_RATES: Final = ("requests_per_minute", "tokens_per_minute", "concurrency")
+_LIMITS: Final = ("requests_per_minute", "tokens_per_minute", "concurrency", "model_limits")
 _TENANT_ROWS: Final = sa.select(
-    TENANTS.c.id, TENANTS.c.display_name, TENANTS.c.create_time, ACCOUNTS.c.budget, *(TENANTS.c[name] for name in _RATES),
+    TENANTS.c.id, TENANTS.c.display_name, TENANTS.c.create_time, ACCOUNTS.c.budget, *(TENANTS.c[name] for name in _LIMITS),
     ACCOUNTS.c.spent, ACCOUNTS.c.held,
 ).join(ACCOUNTS, ACCOUNTS.c.name == "tenant/" + TENANTS.c.id).order_by(TENANTS.c.id)  # fmt: skip
 _PROJECT_ROWS: Final = sa.select(
     PROJECTS.c.id, PROJECTS.c.tenant_id, PROJECTS.c.display_name, PROJECTS.c.create_time, ACCOUNTS.c.budget,
-    *(PROJECTS.c[name] for name in _RATES), ACCOUNTS.c.spent, ACCOUNTS.c.held,
+    *(PROJECTS.c[name] for name in _LIMITS), ACCOUNTS.c.spent, ACCOUNTS.c.held,
 ).join(ACCOUNTS, ACCOUNTS.c.name == "project/" + PROJECTS.c.tenant_id + "/" + PROJECTS.c.id).order_by(PROJECTS.c.id)  # fmt: skip
 _KEY_ROWS: Final = sa.select(
     KEYS.c.id, KEYS.c.sha256, KEYS.c.tenant_id, KEYS.c.project_id, KEYS.c.display_name, KEYS.c.secret_hint, KEYS.c.scopes,
     KEYS.c.allowed_models, KEYS.c.create_time, KEYS.c.expire_time, KEYS.c.revoke_time, KEYS.c.cache_namespace, ACCOUNTS.c.budget,
-    *(KEYS.c[name] for name in _RATES), ACCOUNTS.c.spent, ACCOUNTS.c.held,
+    *(KEYS.c[name] for name in _LIMITS), ACCOUNTS.c.spent, ACCOUNTS.c.held,
 ).join(ACCOUNTS, ACCOUNTS.c.name == "key/" + KEYS.c.id).order_by(KEYS.c.id)  # fmt: skip
 
 _ENTRY_NAMES: Final = ", ".join(Entry._fields)
@@ -347,7 +349,7 @@ class PostgresStore:
                     "create_time": tenant.create_time,
                     "request_id": request_id,
                 }
-                await c.execute(sa.insert(TENANTS).values(**values, **_rates(tenant.limits)))
+                await c.execute(sa.insert(TENANTS).values(**values, **_limits(tenant.limits)))
                 await _open_account(c, tenant_account(tenant.id), tenant.limits)
                 default = {"tenant_id": tenant.id, "id": "default", "display_name": "", "create_time": tenant.create_time}
                 await c.execute(sa.insert(PROJECTS).values(**default, request_id=request_id))
@@ -374,7 +376,7 @@ class PostgresStore:
                 raise NotFound(f"tenants/{tenant_id}")
             limits = change(found[0].limits)
             name = found[0].display_name if display_name is None else display_name
-            await c.execute(sa.update(TENANTS).where(TENANTS.c.id == tenant_id).values(display_name=name, **_rates(limits)))
+            await c.execute(sa.update(TENANTS).where(TENANTS.c.id == tenant_id).values(display_name=name, **_limits(limits)))
             await _set_budget(c, tenant_account(tenant_id), limits)
             return await _one_tenant(c, tenant_id)
 
@@ -399,7 +401,7 @@ class PostgresStore:
                     "create_time": project.create_time,
                     "request_id": request_id,
                 }
-                await c.execute(sa.insert(PROJECTS).values(**values, **_rates(project.limits)))
+                await c.execute(sa.insert(PROJECTS).values(**values, **_limits(project.limits)))
                 await _open_account(c, project_account(project.tenant_id, project.id), project.limits)
             return (await _projects(c, one, 1))[0]
 
@@ -427,7 +429,7 @@ class PostgresStore:
                 raise NotFound(f"tenants/{tenant_id}/projects/{project_id}")
             limits = change(found[0].limits)
             name = found[0].display_name if display_name is None else display_name
-            await c.execute(sa.update(PROJECTS).where(one).values(display_name=name, **_rates(limits)))
+            await c.execute(sa.update(PROJECTS).where(one).values(display_name=name, **_limits(limits)))
             await _set_budget(c, project_account(tenant_id, project_id), limits)
             return (await _projects(c, one, 1))[0]
 
@@ -457,7 +459,7 @@ class PostgresStore:
                     expire_time=key.expire_time,
                     revoke_time=key.revoke_time,
                     cache_namespace=key.cache_namespace,
-                    **_rates(key.limits),
+                    **_limits(key.limits),
                 )
             )
             await _open_account(c, key_account(key.id), key.limits)
@@ -735,8 +737,14 @@ async def _read_all(c: AsyncConnection, audit: Audit) -> None:
     audit.accounts((row[0], row[1], row[2]) for row in accounts)
 
 
-def _rates(limits: Limits) -> dict[str, int | None]:
-    return {name: getattr(limits, name) for name in _RATES}
+def _limits(limits: Limits) -> dict[str, int | str | None]:
+    rates = (limits.requests_per_minute, limits.tokens_per_minute, limits.concurrency)
+    return dict(zip(_LIMITS, (*rates, models_to_json(limits.models)), strict=True))
+
+
+def _limits_of(row: Row) -> Limits:
+    budget, requests, tokens, concurrency, models = row
+    return Limits(budget, requests, tokens, concurrency, models_from_json(models))
 
 
 async def _open_account(c: AsyncConnection, name: str, limits: Limits) -> None:
@@ -756,12 +764,12 @@ async def _one_tenant(c: AsyncConnection, tenant_id: str) -> Tenant:
 
 async def _tenants(c: AsyncConnection, where: sa.ColumnElement[bool], limit: int) -> list[Tenant]:
     rows = await c.execute(_TENANT_ROWS.where(where).limit(limit))
-    return [Tenant(row[0], row[1], Limits(*row[3:7]), row[2], Balance(*row[7:9])) for row in rows]
+    return [Tenant(row[0], row[1], _limits_of(row[3:8]), row[2], Balance(*row[8:10])) for row in rows]
 
 
 async def _projects(c: AsyncConnection, where: sa.ColumnElement[bool], limit: int) -> list[Project]:
     rows = await c.execute(_PROJECT_ROWS.where(where).limit(limit))
-    return [Project(row[0], row[1], row[2], Limits(*row[4:8]), row[3], Balance(*row[8:10])) for row in rows]
+    return [Project(row[0], row[1], row[2], _limits_of(row[4:9]), row[3], Balance(*row[9:11])) for row in rows]
 
 
 async def _keys(c: AsyncConnection, where: sa.ColumnElement[bool], limit: int) -> list[Key]:
@@ -775,12 +783,12 @@ async def _keys(c: AsyncConnection, where: sa.ColumnElement[bool], limit: int) -
             secret_hint=row[5],
             scopes=tuple(json.loads(row[6])),
             allowed_models=tuple(json.loads(row[7])),
-            limits=Limits(*row[12:16]),
+            limits=_limits_of(row[12:17]),
             create_time=row[8],
             expire_time=row[9],
             revoke_time=row[10],
             cache_namespace=row[11],
-            balance=Balance(*row[16:18]),
+            balance=Balance(*row[17:19]),
         )
         for row in await c.execute(_KEY_ROWS.where(where).limit(limit))
     ]

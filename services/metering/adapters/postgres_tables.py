@@ -38,8 +38,9 @@ def _number(name: str, *rest: Any) -> Column[int]:
     return Column(name, BigInteger, *rest, nullable=False)
 
 
-def _limits() -> list[Column[int]]:
-    return [Column(name, BigInteger) for name in ("requests_per_minute", "tokens_per_minute", "concurrency")]
+def _limits() -> list[Column[Any]]:
+    rates = [Column(name, BigInteger) for name in ("requests_per_minute", "tokens_per_minute", "concurrency")]
+    return [*rates, _text("model_limits")]
 
 
 TENANTS: Final = Table(

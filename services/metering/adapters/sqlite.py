@@ -29,6 +29,8 @@ from services.metering.accounts import (
     Project,
     Tenant,
     key_account,
+    models_from_json,
+    models_to_json,
     project_account,
     tenant_account,
 )
@@ -53,7 +55,7 @@ from services.metering.ledger import (
 )
 from services.metering.ports import Chain, Change, Posted, UsageFilter, UsageRow
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 FILE_NAME: Final = "ledger.db"
 _MOST_PER_COMMIT: Final = 512
 _VARIABLES: Final = 500
@@ -67,19 +69,19 @@ _LIMIT_FIELDS: Final = ("requests_per_minute", "tokens_per_minute", "concurrency
 _SCHEMA: Final = """
 CREATE TABLE tenants (
   id TEXT PRIMARY KEY, display_name TEXT NOT NULL, requests_per_minute INTEGER, tokens_per_minute INTEGER, concurrency INTEGER,
-  create_time REAL NOT NULL, request_id TEXT NOT NULL
+  create_time REAL NOT NULL, request_id TEXT NOT NULL, model_limits TEXT NOT NULL DEFAULT '[]'
 ) STRICT;
 CREATE TABLE projects (
   tenant_id TEXT NOT NULL REFERENCES tenants(id), id TEXT NOT NULL, display_name TEXT NOT NULL,
   requests_per_minute INTEGER, tokens_per_minute INTEGER, concurrency INTEGER, create_time REAL NOT NULL, request_id TEXT NOT NULL,
-  PRIMARY KEY (tenant_id, id)
+  model_limits TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (tenant_id, id)
 ) STRICT;
 CREATE TABLE keys (
   id TEXT PRIMARY KEY, sha256 BLOB NOT NULL UNIQUE, tenant_id TEXT NOT NULL, project_id TEXT NOT NULL, display_name TEXT NOT NULL,
   secret_hint TEXT NOT NULL, scopes TEXT NOT NULL, allowed_models TEXT NOT NULL,
   requests_per_minute INTEGER, tokens_per_minute INTEGER, concurrency INTEGER,
   create_time REAL NOT NULL, expire_time REAL, revoke_time REAL, cache_namespace TEXT NOT NULL,
-  FOREIGN KEY (tenant_id, project_id) REFERENCES projects(tenant_id, id)
+  model_limits TEXT NOT NULL DEFAULT '[]', FOREIGN KEY (tenant_id, project_id) REFERENCES projects(tenant_id, id)
 ) STRICT;
 CREATE INDEX keys_by_tenant ON keys (tenant_id, id);
 -- One account per key, project and tenant. What may still be held is budget - spent - held.
@@ -131,6 +133,9 @@ _MIGRATIONS: Final = {
         f"ALTER TABLE {table} ADD COLUMN slot TEXT NOT NULL DEFAULT ''; "
         f"ALTER TABLE {table} ADD COLUMN incarnation TEXT NOT NULL DEFAULT '';"
         for table in ("holds", "leases")
+    ),
+    5: "".join(
+        f"ALTER TABLE {table} ADD COLUMN model_limits TEXT NOT NULL DEFAULT '[]';" for table in ("tenants", "projects", "keys")
     ),
 }
 """What brings each older version to the next one."""
@@ -339,11 +344,18 @@ class SqliteStore:
                 if not request_id or row[0] != request_id:
                     raise Exists(f"tenants/{tenant.id}")
             else:
-                values = (tenant.id, tenant.display_name, *_rates(tenant.limits), tenant.create_time, request_id)
-                c.execute("INSERT INTO tenants VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+                values = (
+                    tenant.id,
+                    tenant.display_name,
+                    *_rates(tenant.limits),
+                    tenant.create_time,
+                    request_id,
+                    _models(tenant.limits),
+                )
+                c.execute("INSERT INTO tenants VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
                 _open_account(c, tenant_account(tenant.id), tenant.limits)
-                default = (tenant.id, "default", "", None, None, None, tenant.create_time, request_id)
-                c.execute("INSERT INTO projects VALUES (?, ?, ?, ?, ?, ?, ?, ?)", default)
+                default = (tenant.id, "default", "", None, None, None, tenant.create_time, request_id, "[]")
+                c.execute("INSERT INTO projects VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", default)
                 _open_account(c, project_account(tenant.id, "default"), Limits())
             return _one_tenant(c, tenant.id)
 
@@ -372,8 +384,8 @@ class SqliteStore:
             limits = change(found[0].limits)
             c.execute(
                 "UPDATE tenants SET display_name = COALESCE(?, display_name), requests_per_minute = ?, tokens_per_minute = ?, "
-                "concurrency = ? WHERE id = ?",
-                (display_name, *_rates(limits), tenant_id),
+                "concurrency = ?, model_limits = ? WHERE id = ?",
+                (display_name, *_rates(limits), _models(limits), tenant_id),
             )
             c.execute("UPDATE accounts SET budget = ? WHERE name = ?", (limits.budget_nano_usd, tenant_account(tenant_id)))
             return _one_tenant(c, tenant_id)
@@ -400,8 +412,9 @@ class SqliteStore:
                     *_rates(project.limits),
                     project.create_time,
                     request_id,
+                    _models(project.limits),
                 )
-                c.execute("INSERT INTO projects VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values)
+                c.execute("INSERT INTO projects VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
                 _open_account(c, project_account(project.tenant_id, project.id), project.limits)
             return _projects(c, "p.tenant_id = ? AND p.id = ?", (project.tenant_id, project.id), 1)[0]
 
@@ -430,8 +443,8 @@ class SqliteStore:
             limits = change(found[0].limits)
             c.execute(
                 "UPDATE projects SET display_name = COALESCE(?, display_name), requests_per_minute = ?, tokens_per_minute = ?, "
-                "concurrency = ? WHERE tenant_id = ? AND id = ?",
-                (display_name, *_rates(limits), tenant_id, project_id),
+                "concurrency = ?, model_limits = ? WHERE tenant_id = ? AND id = ?",
+                (display_name, *_rates(limits), _models(limits), tenant_id, project_id),
             )
             account = project_account(tenant_id, project_id)
             c.execute("UPDATE accounts SET budget = ? WHERE name = ?", (limits.budget_nano_usd, account))
@@ -451,7 +464,7 @@ class SqliteStore:
             values = (
                 key.id, key.sha256, key.tenant_id, key.project_id, key.display_name, key.secret_hint, json.dumps(key.scopes),
                 json.dumps(key.allowed_models), *_rates(key.limits), key.create_time, key.expire_time, key.revoke_time,
-                key.cache_namespace,
+                key.cache_namespace, _models(key.limits),
             )  # fmt: skip
             c.execute(f"INSERT INTO keys VALUES ({', '.join('?' * len(values))})", values)
             _open_account(c, key_account(key.id), key.limits)
@@ -810,6 +823,10 @@ def _rates(limits: Limits) -> tuple[int | None, ...]:
     return tuple(getattr(limits, name) for name in _LIMIT_FIELDS)
 
 
+def _models(limits: Limits) -> str:
+    return models_to_json(limits.models)
+
+
 def _open_account(c: sqlite3.Connection, name: str, limits: Limits) -> None:
     c.execute(
         "INSERT INTO accounts (name, budget) VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET budget = ?2",
@@ -868,8 +885,8 @@ def _tightest(c: sqlite3.Connection, payer: Payer) -> tuple[int | None, str]:
     return best, level
 
 
-def _limits_of(budget: int | None, requests: int | None, tokens: int | None, concurrency: int | None) -> Limits:
-    return Limits(budget, requests, tokens, concurrency)
+def _limits_of(budget: int | None, requests: int | None, tokens: int | None, concurrency: int | None, models: str) -> Limits:
+    return Limits(budget, requests, tokens, concurrency, models_from_json(models))
 
 
 def _one_tenant(c: sqlite3.Connection, tenant_id: str) -> Tenant:
@@ -878,26 +895,27 @@ def _one_tenant(c: sqlite3.Connection, tenant_id: str) -> Tenant:
 
 def _tenants(c: sqlite3.Connection, where: str, values: tuple[Any, ...], limit: int) -> list[Tenant]:
     rows = c.execute(
-        "SELECT t.id, t.display_name, t.create_time, a.budget, t.requests_per_minute, t.tokens_per_minute, t.concurrency, a.spent, a.held "
+        "SELECT t.id, t.display_name, t.create_time, a.budget, t.requests_per_minute, t.tokens_per_minute, t.concurrency, "
+        "t.model_limits, a.spent, a.held "
         f"FROM tenants t JOIN accounts a ON a.name = 'tenant/' || t.id WHERE {where} ORDER BY t.id LIMIT ?",
         (*values, limit),
     )
-    return [Tenant(row[0], row[1], _limits_of(*row[3:7]), row[2], Balance(*row[7:9])) for row in rows]
+    return [Tenant(row[0], row[1], _limits_of(*row[3:8]), row[2], Balance(*row[8:10])) for row in rows]
 
 
 def _projects(c: sqlite3.Connection, where: str, values: tuple[Any, ...], limit: int) -> list[Project]:
     rows = c.execute(
         "SELECT p.id, p.tenant_id, p.display_name, p.create_time, a.budget, p.requests_per_minute, p.tokens_per_minute, p.concurrency, "
-        "a.spent, a.held FROM projects p JOIN accounts a ON a.name = 'project/' || p.tenant_id || '/' || p.id "
+        "p.model_limits, a.spent, a.held FROM projects p JOIN accounts a ON a.name = 'project/' || p.tenant_id || '/' || p.id "
         f"WHERE {where} ORDER BY p.id LIMIT ?",
         (*values, limit),
     )
-    return [Project(row[0], row[1], row[2], _limits_of(*row[4:8]), row[3], Balance(*row[8:10])) for row in rows]
+    return [Project(row[0], row[1], row[2], _limits_of(*row[4:9]), row[3], Balance(*row[9:11])) for row in rows]
 
 
 _KEY_COLUMNS: Final = (
     "k.id, k.sha256, k.tenant_id, k.project_id, k.display_name, k.secret_hint, k.scopes, k.allowed_models, k.create_time, k.expire_time, "
-    "k.revoke_time, k.cache_namespace, a.budget, k.requests_per_minute, k.tokens_per_minute, k.concurrency, a.spent, a.held"
+    "k.revoke_time, k.cache_namespace, a.budget, k.requests_per_minute, k.tokens_per_minute, k.concurrency, k.model_limits, a.spent, a.held"
 )
 
 
@@ -916,12 +934,12 @@ def _keys(c: sqlite3.Connection, where: str, values: tuple[Any, ...], limit: int
             secret_hint=row[5],
             scopes=tuple(json.loads(row[6])),
             allowed_models=tuple(json.loads(row[7])),
-            limits=_limits_of(*row[12:16]),
+            limits=_limits_of(*row[12:17]),
             create_time=row[8],
             expire_time=row[9],
             revoke_time=row[10],
             cache_namespace=row[11],
-            balance=Balance(*row[16:18]),
+            balance=Balance(*row[17:19]),
         )
         for row in rows
     ]

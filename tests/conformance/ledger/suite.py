@@ -9,12 +9,13 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from services.metering.accounts import Balance, Key, Limits, Payer, Project, Tenant
+from services.metering.accounts import Balance, Key, Limits, ModelLimits, Payer, Project, Tenant
 from services.metering.errors import BudgetExhausted, Exists, NotFound
 from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, HoldState, PostState, Replica
 from services.metering.ports import Store, UsageFilter
@@ -744,6 +745,24 @@ class LedgerSuite:
             await store.create_project(Project("site", ACME, "Site", Limits(), NOW), "other")
         with pytest.raises(NotFound):
             await store.create_project(Project("site", "nobody", "", Limits(), NOW), "")
+
+    async def test_limits_of_models_are_kept_at_every_level(self, store: Store) -> None:
+        models = (ModelLimits("a/x", 1, None, -1), ModelLimits("b/y", tokens_per_minute=0))
+        await store.create_tenant(Tenant(ACME, "Acme", Limits(5, models=models), NOW), "")
+        await store.create_project(Project("main", ACME, "", Limits(models=models[:1]), NOW), "")
+        await store.create_key(key(project_id="main", limits=Limits(models=models[1:])))
+        chain = await store.chain_by_key("key-1")
+        assert chain is not None
+        assert (chain.tenant.limits, chain.project.limits) == (Limits(5, models=models), Limits(models=models[:1]))
+        assert chain.key.limits == Limits(models=models[1:])
+        for update in (
+            lambda change: store.update_tenant(ACME, None, change),
+            lambda change: store.update_project(ACME, "main", None, change),
+        ):
+            assert (await update(lambda limits: replace(limits, models=()))).limits.models == ()
+        project = await store.project(ACME, "default")
+        assert project is not None
+        assert project.limits == Limits()
 
     async def test_limits_change_and_names_stay_unless_given(self, store: Store) -> None:
         await prepare(store, tenant=10)

@@ -95,12 +95,14 @@ async def test_a_ledger_of_the_first_version_is_brought_up_and_keeps_what_it_has
             "ALTER TABLE leases DROP COLUMN slot; ALTER TABLE leases DROP COLUMN incarnation;"
             "ALTER TABLE holds DROP COLUMN slot; ALTER TABLE holds DROP COLUMN incarnation;"
         )
+        for table in ("tenants", "projects", "keys"):
+            connection.execute(f"ALTER TABLE {table} DROP COLUMN model_limits")
     for _ in range(2):
         async with open_store(tmp_path) as store:
             assert [posted.entry.amount for posted in await store.entries("", "op-1", None, 10)] == [7]
             assert (await store.verify()).problems == ()
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (5,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (6,)
         assert connection.execute("SELECT count(*) FROM requests").fetchone() == (0,)
         indices = {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'index'")}
     assert "journal_by_tenant" in indices

@@ -142,6 +142,8 @@ class FakeMetering(Script):
         """What is left of the budget; None: no budget."""
         self.lease_seconds = 60.0
         self.leases_money = True
+        self.model_requests: dict[str, int] = {}
+        """What is left of the limits of models."""
         self.retry_delay = 7.0
         self.lease_count = 0
         self.grants: dict[int, metering_service_pb2.AcquireLeaseResponse] = {}
@@ -161,6 +163,24 @@ class FakeMetering(Script):
         if not lease_id:
             self.lease_count += 1
             lease_id = f"lease-{self.lease_count}"
+        if request.model:
+            granted = min(self.model_requests[request.model], request.wanted_request_count)
+            self.model_requests[request.model] -= granted
+            grant = metering_service_pb2.AcquireLeaseResponse(
+                lease_id=lease_id,
+                granted_request_count=granted,
+                granted_token_count=-1,
+                granted_concurrency=-1,
+                granted_nano_usd=-1,
+                limits=[
+                    metering_service_pb2.LimitStatus(
+                        level="model", kind=metering_service_pb2.LIMIT_KIND_REQUESTS_PER_MINUTE, limit=60, remaining=0
+                    )
+                ],
+                retry_delay=None if granted else Duration(seconds=int(self.retry_delay)),
+            )
+            self.grants[request.sequence] = grant
+            return grant
         money = -1
         limits = []
         if self.budget is not None:

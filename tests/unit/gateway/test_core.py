@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -390,6 +391,77 @@ async def test_what_is_held_is_freed_when_the_deadline_passes_before_execution_i
     assert not world.execution.calls
     await world.releases.flush()
     assert len(world.metering.asked("VoidHold")) == 1
+
+
+def _with_limited_models(**requests: int) -> World:
+    world = World()
+    world.metering.identity.limited_models.extend(sorted(f"a/{name}" for name in requests))
+    world.metering.model_requests = {f"a/{name}": count for name, count in requests.items()}
+    del world.routing.plan.candidates[:]
+    world.routing.plan.candidates.extend([candidate("a/one"), candidate("a/two"), candidate("a/three")])
+    return world
+
+
+LIMITED = dataclasses.replace(PRINCIPAL, limited_models=frozenset({"a/one", "a/two"}))
+
+
+async def test_a_model_whose_limit_is_used_up_is_passed_over_and_the_receipt_says_so() -> None:
+    world = _with_limited_models(one=2, two=1)
+    wanted = generate(receipt_view=inference_service_pb2.RECEIPT_VIEW_FULL)
+    for _ in range(2):
+        await world.generate(wanted, principal=LIMITED)
+    asked = [[one.model for one in request.candidates] for request in world.execution.asked("Complete")]
+    assert asked == [["a/one", "a/two", "a/three"]] * 2
+    # The second model is asked first now, and has one request.
+    world.execution.answer.model = "a/two"
+    completion = await world.generate(wanted, principal=LIMITED)
+    await world.generate(wanted, principal=LIMITED)
+    asked = [[one.model for one in request.candidates] for request in world.execution.asked("Complete")]
+    assert asked[2:] == [["a/two", "a/three"], ["a/three"]]
+    receipt = completion.receipt()
+    (dropped,) = [one for one in receipt.candidates if one.model == "a/one"]
+    assert not dropped.planned
+    assert dropped.reason.startswith("model_limit: the limit of 60 requests per minute of the model a/one is used up")
+    wishes = [request for request in world.metering.asked("AcquireLease") if request.model]
+    assert {request.model for request in wishes} == {"a/one", "a/two"}
+    assert not any(request.wanted_nano_usd for request in wishes)
+
+
+async def test_where_every_model_is_limited_and_used_up_the_request_is_refused() -> None:
+    world = _with_limited_models(one=0)
+    del world.routing.plan.candidates[1:]
+    failure = await refused(world.generate(principal=dataclasses.replace(PRINCIPAL, limited_models=frozenset({"a/one"}))))
+    assert failure.reason is Reason.RATE_LIMITED
+    assert dict(failure.metadata) == {"limit": "60", "level": "model", "model": "a/one"}
+    assert failure.retry_delay is not None
+    assert 6.0 < failure.retry_delay <= 7.0
+    assert not world.execution.asked("Complete")
+    lease = world.leases.admit("key-1", 0)
+    assert lease is not None
+    assert lease.in_flight == 1
+
+
+async def test_a_model_that_answers_in_anothers_place_is_charged_and_the_first_gets_its_tokens_back() -> None:
+    world = _with_limited_models(one=10, two=10)
+    world.execution.answer.model = "a/two"
+    await world.generate(principal=LIMITED)
+    leases = world.leases._leases
+    first, second = leases["key-1/a/one"], leases["key-1/a/two"]
+    assert (first.in_flight, first.requests) == (0, 9)
+    assert (second.in_flight, second.requests, second.tokens) == (0, -1, -15)
+    # It is owed to the next slice.
+    await world.leases._refill(second, 0, 1.0)
+    assert second.requests == 9
+
+
+async def test_a_model_known_to_be_used_up_is_no_fallback_either() -> None:
+    world = _with_limited_models(one=10, two=0)
+    world.execution.answer.model = "a/two"
+    await world.generate(principal=LIMITED)
+    await world.leases._refill(world.leases._leases["key-1/a/two"], 0, 1.0)
+    await world.generate(principal=LIMITED)
+    (_, second) = world.execution.asked("Complete")
+    assert [one.model for one in second.candidates] == ["a/one", "a/three"]
 
 
 def _with_holds_of_their_own() -> World:

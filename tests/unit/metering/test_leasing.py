@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.metering.accounts import Balance, Level, Limits
+from services.metering.accounts import Balance, Level, Limits, ModelLimits
 from services.metering.errors import KeyUnknown
 from services.metering.leasing import Defaults, Leasing, Wish
 from services.metering.ports import Store
@@ -32,8 +32,9 @@ def wish(
     concurrency: int = 1,
     nano_usd: int = 0,
     key_id: str = PAYER.key_id,
+    model: str = "",
 ) -> Wish:
-    return Wish(replica, sequence, key_id, lease, requests, tokens, concurrency, nano_usd)
+    return Wish(replica, sequence, key_id, lease, requests, tokens, concurrency, nano_usd, model)
 
 
 async def held(store: Store) -> int:
@@ -136,6 +137,36 @@ async def test_the_money_of_a_lease_that_nobody_extends_stays_for_the_grace(stor
     tenant = await store.tenant(ACME)
     assert tenant is not None
     assert tenant.balance == Balance(400, 0)
+
+
+async def test_a_model_has_limits_of_its_own_at_every_level_and_no_money(store: Store, clock: Clock) -> None:
+    of_key = Limits(requests_per_minute=100, models=(ModelLimits("a/x", 10, 500), ModelLimits("a/y", concurrency=3)))
+    await accounts(store, budget=10_000, limits=of_key)
+    await store.update_tenant(
+        ACME, None, lambda limits: replace(limits, requests_per_minute=-1, models=(ModelLimits("a/x", 6, -1, 2),))
+    )
+    leases = leasing(store, clock)
+    granted = await leases.acquire(wish(requests=20, tokens=600, concurrency=5, nano_usd=1000, model="a/x"))
+    assert (granted.requests, granted.tokens, granted.concurrency, granted.nano_usd) == (6, 500, 2, -1)
+    assert {(one.level, one.kind, one.limit, one.remaining) for one in granted.standings} == {
+        (Level.MODEL, "requests", 10, 4),
+        (Level.MODEL, "tokens", 500, 0),
+        (Level.MODEL, "requests", 6, 0),
+        (Level.MODEL, "concurrency", 2, 0),
+    }
+    assert await held(store) == 0
+    # The same sequence for another model, or for none, is another wish.
+    other = await leases.acquire(wish(requests=20, tokens=600, concurrency=5, model="a/y"))
+    assert (other.requests, other.tokens, other.concurrency) == (-1, -1, 3)
+    unlimited = await leases.acquire(wish(requests=20, concurrency=5, model="a/z"))
+    assert (unlimited.requests, unlimited.concurrency, unlimited.standings) == (-1, -1, ())
+    whole = await leases.acquire(wish(requests=20, nano_usd=1000))
+    assert (whole.requests, whole.nano_usd) == (20, 1000)
+    assert len({granted.lease_id, other.lease_id, unlimited.lease_id, whole.lease_id}) == 4
+    refused = await leases.acquire(wish(2, lease=granted.lease_id, requests=1, model="a/x"))
+    assert (refused.requests, refused.retry_delay) == (0, 10.0)
+    await leases.give_back(granted.lease_id, 0)
+    assert (await leases.acquire(wish(1, replica="r-2", concurrency=2, model="a/x"))).concurrency == 2
 
 
 async def test_a_repeated_wish_gets_its_grant_again_and_takes_nothing_more(store: Store, clock: Clock) -> None:

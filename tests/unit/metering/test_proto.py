@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from google.protobuf.descriptor import FieldDescriptor
 
 from services.metering import proto
-from services.metering.accounts import Balance, Limits, Project, Tenant
+from services.metering.accounts import Balance, Limits, ModelLimits, Project, Tenant
 from services.metering.cost import Price
 from services.metering.ledger import Entry, HoldState
-from services.metering.ports import Posted, UsageRow
+from services.metering.ports import Chain, Posted, UsageRow
 from services.runtime.errors import Failure
 from sluice.errors.v1 import error_reason_pb2
 from sluice.inference.v1 import answer_pb2, receipt_pb2
@@ -238,7 +239,34 @@ def test_limits_round_trip_absent_zero_and_unlimited() -> None:
 )  # fmt: skip
 def test_limits_below_their_least_are_refused(field: str, value: int) -> None:
     with refused_field(f"limits.{field}"):
-        proto.limits_from_proto(tenancy_service_pb2.Limits(**{field: value}))
+        message = tenancy_service_pb2.Limits()
+        setattr(message, field, value)
+        proto.limits_from_proto(message)
+
+
+@pytest.mark.parametrize(
+    ("models", "field"),
+    [
+        ([{"model": "", "concurrency": 1}], "limits.models[0].model"),
+        ([{"model": "m" * 257, "concurrency": 1}], "limits.models[0].model"),
+        ([{"model": "a/x", "concurrency": 1}, {"model": "a/x", "concurrency": 2}], "limits.models[1].model"),
+        ([{"model": "a/x"}], "limits.models[0]"),
+        ([{"model": "a/x", "tokens_per_minute": -2}], "limits.models[0].tokens_per_minute"),
+        ([{"model": f"a/{number}", "concurrency": 1} for number in range(65)], "limits.models"),
+    ],
+)
+def test_limits_of_models_that_say_nothing_clear_are_refused(models: list[Any], field: str) -> None:
+    messages = [tenancy_service_pb2.ModelLimits(**one) for one in models]
+    with refused_field(field):
+        proto.limits_from_proto(tenancy_service_pb2.Limits(models=messages))
+
+
+def test_limits_of_models_are_kept_by_model() -> None:
+    limits = Limits(5, models=(ModelLimits("a/x", 1, None, -1), ModelLimits("b/y", tokens_per_minute=0)))
+    shown = proto.limits_to_proto(limits)
+    assert [one.model for one in shown.models] == ["a/x", "b/y"]
+    assert not shown.models[0].HasField("tokens_per_minute")
+    assert proto.limits_from_proto(tenancy_service_pb2.Limits(budget_nano_usd=5, models=reversed(shown.models))) == limits
 
 
 def test_a_price_keeps_what_is_absent_absent() -> None:
@@ -281,7 +309,10 @@ def test_a_key_is_shown_without_its_digest() -> None:
     assert (shown.expire_time.seconds, shown.revoke_time.seconds) == (int(NOW) + 3600, int(NOW) + 1)
     assert shown.cache_namespace == "shop"
     assert one.sha256 not in shown.SerializeToString()
-    identity = proto.identity_of(one)
+    one = dataclasses.replace(one, limits=Limits(models=(ModelLimits("b/y", 1),)))
+    tenant = Tenant(ACME, "", Limits(models=(ModelLimits("a/x", 1), ModelLimits("b/y", 2))), NOW)
+    identity = proto.identity_of(Chain(one, Project("default", ACME, "", Limits(), NOW), tenant))
+    assert list(identity.limited_models) == ["a/x", "b/y"]
     assert (identity.tenant_id, identity.project_id, identity.key_id) == (ACME, "default", "key-1")
     assert (list(identity.scopes), identity.cache_namespace) == (["inference", "usage"], "shop")
     assert one.sha256 not in identity.SerializeToString()

@@ -30,57 +30,57 @@ from sluice.inference.v1 import answer_pb2 as sluice_dot_inference_dot_v1_dot_an
 from sluice.inference.v1 import receipt_pb2 as sluice_dot_inference_dot_v1_dot_receipt__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)sluice/metering/v1/metering_service.proto\x12\x12sluice.metering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a#sluice/errors/v1/error_reason.proto\x1a sluice/inference/v1/answer.proto\x1a!sluice/inference/v1/receipt.proto\")\n\x13\x41uthenticateRequest\x12\x12\n\nkey_sha256\x18\x01 \x01(\x0c\"y\n\x14\x41uthenticateResponse\x12.\n\x08identity\x18\x01 \x01(\x0b\x32\x1c.sluice.metering.v1.Identity\x12\x31\n\x0ereuse_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xb3\x01\n\x08Identity\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12\x16\n\x0e\x61llowed_models\x18\x05 \x03(\t\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x07 \x01(\t\"\x82\x02\n\x13\x41\x63quireLeaseRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\x10\n\x08lease_id\x18\x04 \x01(\t\x12\x1c\n\x14wanted_request_count\x18\x05 \x01(\x03\x12\x1a\n\x12wanted_token_count\x18\x06 \x01(\x03\x12\x1a\n\x12wanted_concurrency\x18\x07 \x01(\x03\x12\x17\n\x0fwanted_nano_usd\x18\x08 \x01(\x03\x12\x1a\n\x12left_request_count\x18\t \x01(\x03\x12\x18\n\x10left_token_count\x18\n \x01(\x03\"\xad\x02\n\x14\x41\x63quireLeaseResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1d\n\x15granted_request_count\x18\x03 \x01(\x03\x12\x1b\n\x13granted_token_count\x18\x04 \x01(\x03\x12\x1b\n\x13granted_concurrency\x18\x05 \x01(\x03\x12\x18\n\x10granted_nano_usd\x18\x06 \x01(\x03\x12/\n\x06limits\x18\x07 \x03(\x0b\x32\x1f.sluice.metering.v1.LimitStatus\x12.\n\x0bretry_delay\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9b\x01\n\x0bLimitStatus\x12\r\n\x05level\x18\x01 \x01(\t\x12+\n\x04kind\x18\x02 \x01(\x0e\x32\x1d.sluice.metering.v1.LimitKind\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x11\n\tremaining\x18\x04 \x01(\x03\x12.\n\nreset_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"=\n\x12ReturnLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x15\n\rowed_nano_usd\x18\x02 \x01(\x03\"\x15\n\x13ReturnLeaseResponse\",\n\x16\x45ndReservationsRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"4\n\x17\x45ndReservationsResponse\x12\x19\n\x11reservation_count\x18\x01 \x01(\x05\"\xae\x01\n\x0bHoldRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x17\n\x0f\x61mount_nano_usd\x18\x03 \x01(\x03\x12\x1b\n\x13min_amount_nano_usd\x18\x04 \x01(\x03\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nreplica_id\x18\x06 \x01(\t\"\x8e\x01\n\x0cHoldResponse\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x17\n\x0f\x61mount_nano_usd\x18\x02 \x01(\x03\x12#\n\x16\x62udget_before_nano_usd\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x0c\x62udget_level\x18\x04 \x01(\tB\x19\n\x17_budget_before_nano_usd\"8\n\x0fVoidHoldRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x14\n\x0cmay_have_run\x18\x02 \x01(\x08\"@\n\x10VoidHoldResponse\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.sluice.metering.v1.HoldState\"M\n\x16PostSettlementsRequest\x12\x33\n\x0bsettlements\x18\x01 \x03(\x0b\x32\x1e.sluice.metering.v1.Settlement\"P\n\x17PostSettlementsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.sluice.metering.v1.SettlementResult\"\x88\x06\n\nSettlement\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x14\n\x0coperation_id\x18\x02 \x01(\t\x12\x11\n\ttenant_id\x18\x03 \x01(\t\x12\x12\n\nproject_id\x18\x04 \x01(\t\x12\x0e\n\x06key_id\x18\x05 \x01(\t\x12\x10\n\x08lease_id\x18\x06 \x01(\t\x12\x0f\n\x07hold_id\x18\x07 \x01(\t\x12\x15\n\rhold_nano_usd\x18\x08 \x01(\x03\x12\x10\n\x08is_final\x18\t \x01(\x08\x12\r\n\x05model\x18\n \x01(\t\x12\x10\n\x08provider\x18\x0b \x01(\t\x12)\n\x05usage\x18\x0c \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12\x32\n\x0eobserved_usage\x18\r \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12\x15\n\rcost_nano_usd\x18\x0e \x01(\x03\x12\x15\n\rprice_version\x18\x0f \x01(\t\x12.\n\nstart_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x07outcome\x18\x12 \x01(\x0e\x32#.sluice.inference.v1.AttemptOutcome\x12\x33\n\x0c\x65rror_reason\x18\x13 \x01(\x0e\x32\x1d.sluice.errors.v1.ErrorReason\x12\x30\n\ttask_type\x18\x14 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\x12\x16\n\x0esaved_nano_usd\x18\x15 \x01(\x03\x12\x36\n\x0c\x63\x61\x63he_status\x18\x16 \x01(\x0e\x32 .sluice.inference.v1.CacheStatus\x12(\n\x05payer\x18\x17 \x01(\x0e\x32\x19.sluice.metering.v1.Payer\x12\x16\n\x0e\x61ttempt_number\x18\x18 \x01(\x05\x12\x13\n\x0brequest_key\x18\x19 \x01(\x0c\"~\n\x10SettlementResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.sluice.metering.v1.SettlementState\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status*\xa0\x01\n\tLimitKind\x12\x1a\n\x16LIMIT_KIND_UNSPECIFIED\x10\x00\x12\"\n\x1eLIMIT_KIND_REQUESTS_PER_MINUTE\x10\x01\x12 \n\x1cLIMIT_KIND_TOKENS_PER_MINUTE\x10\x02\x12\x1a\n\x16LIMIT_KIND_CONCURRENCY\x10\x03\x12\x15\n\x11LIMIT_KIND_BUDGET\x10\x04*\x82\x01\n\tHoldState\x12\x1a\n\x16HOLD_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fHOLD_STATE_OPEN\x10\x01\x12\x15\n\x11HOLD_STATE_POSTED\x10\x02\x12\x15\n\x11HOLD_STATE_VOIDED\x10\x03\x12\x16\n\x12HOLD_STATE_EXPIRED\x10\x04*\x8e\x01\n\x0fSettlementState\x12 \n\x1cSETTLEMENT_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17SETTLEMENT_STATE_POSTED\x10\x01\x12\x1e\n\x1aSETTLEMENT_STATE_DUPLICATE\x10\x02\x12\x1c\n\x18SETTLEMENT_STATE_REFUSED\x10\x03*D\n\x05Payer\x12\x15\n\x11PAYER_UNSPECIFIED\x10\x00\x12\x10\n\x0cPAYER_TENANT\x10\x01\x12\x12\n\x0ePAYER_PLATFORM\x10\x02\x32\xb1\x05\n\x0fMeteringService\x12\x61\n\x0c\x41uthenticate\x12\'.sluice.metering.v1.AuthenticateRequest\x1a(.sluice.metering.v1.AuthenticateResponse\x12\x61\n\x0c\x41\x63quireLease\x12\'.sluice.metering.v1.AcquireLeaseRequest\x1a(.sluice.metering.v1.AcquireLeaseResponse\x12^\n\x0bReturnLease\x12&.sluice.metering.v1.ReturnLeaseRequest\x1a\'.sluice.metering.v1.ReturnLeaseResponse\x12j\n\x0f\x45ndReservations\x12*.sluice.metering.v1.EndReservationsRequest\x1a+.sluice.metering.v1.EndReservationsResponse\x12I\n\x04Hold\x12\x1f.sluice.metering.v1.HoldRequest\x1a .sluice.metering.v1.HoldResponse\x12U\n\x08VoidHold\x12#.sluice.metering.v1.VoidHoldRequest\x1a$.sluice.metering.v1.VoidHoldResponse\x12j\n\x0fPostSettlements\x12*.sluice.metering.v1.PostSettlementsRequest\x1a+.sluice.metering.v1.PostSettlementsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)sluice/metering/v1/metering_service.proto\x12\x12sluice.metering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a#sluice/errors/v1/error_reason.proto\x1a sluice/inference/v1/answer.proto\x1a!sluice/inference/v1/receipt.proto\")\n\x13\x41uthenticateRequest\x12\x12\n\nkey_sha256\x18\x01 \x01(\x0c\"y\n\x14\x41uthenticateResponse\x12.\n\x08identity\x18\x01 \x01(\x0b\x32\x1c.sluice.metering.v1.Identity\x12\x31\n\x0ereuse_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xcb\x01\n\x08Identity\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12\x16\n\x0e\x61llowed_models\x18\x05 \x03(\t\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0f\x63\x61\x63he_namespace\x18\x07 \x01(\t\x12\x16\n\x0elimited_models\x18\x08 \x03(\t\"\x91\x02\n\x13\x41\x63quireLeaseRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\x10\n\x08lease_id\x18\x04 \x01(\t\x12\x1c\n\x14wanted_request_count\x18\x05 \x01(\x03\x12\x1a\n\x12wanted_token_count\x18\x06 \x01(\x03\x12\x1a\n\x12wanted_concurrency\x18\x07 \x01(\x03\x12\x17\n\x0fwanted_nano_usd\x18\x08 \x01(\x03\x12\x1a\n\x12left_request_count\x18\t \x01(\x03\x12\x18\n\x10left_token_count\x18\n \x01(\x03\x12\r\n\x05model\x18\x0b \x01(\t\"\xad\x02\n\x14\x41\x63quireLeaseResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1d\n\x15granted_request_count\x18\x03 \x01(\x03\x12\x1b\n\x13granted_token_count\x18\x04 \x01(\x03\x12\x1b\n\x13granted_concurrency\x18\x05 \x01(\x03\x12\x18\n\x10granted_nano_usd\x18\x06 \x01(\x03\x12/\n\x06limits\x18\x07 \x03(\x0b\x32\x1f.sluice.metering.v1.LimitStatus\x12.\n\x0bretry_delay\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x9b\x01\n\x0bLimitStatus\x12\r\n\x05level\x18\x01 \x01(\t\x12+\n\x04kind\x18\x02 \x01(\x0e\x32\x1d.sluice.metering.v1.LimitKind\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x11\n\tremaining\x18\x04 \x01(\x03\x12.\n\nreset_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"=\n\x12ReturnLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x15\n\rowed_nano_usd\x18\x02 \x01(\x03\"\x15\n\x13ReturnLeaseResponse\",\n\x16\x45ndReservationsRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"4\n\x17\x45ndReservationsResponse\x12\x19\n\x11reservation_count\x18\x01 \x01(\x05\"\xae\x01\n\x0bHoldRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x17\n\x0f\x61mount_nano_usd\x18\x03 \x01(\x03\x12\x1b\n\x13min_amount_nano_usd\x18\x04 \x01(\x03\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nreplica_id\x18\x06 \x01(\t\"\x8e\x01\n\x0cHoldResponse\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x17\n\x0f\x61mount_nano_usd\x18\x02 \x01(\x03\x12#\n\x16\x62udget_before_nano_usd\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x14\n\x0c\x62udget_level\x18\x04 \x01(\tB\x19\n\x17_budget_before_nano_usd\"8\n\x0fVoidHoldRequest\x12\x0f\n\x07hold_id\x18\x01 \x01(\t\x12\x14\n\x0cmay_have_run\x18\x02 \x01(\x08\"@\n\x10VoidHoldResponse\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.sluice.metering.v1.HoldState\"M\n\x16PostSettlementsRequest\x12\x33\n\x0bsettlements\x18\x01 \x03(\x0b\x32\x1e.sluice.metering.v1.Settlement\"P\n\x17PostSettlementsResponse\x12\x35\n\x07results\x18\x01 \x03(\x0b\x32$.sluice.metering.v1.SettlementResult\"\x88\x06\n\nSettlement\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x14\n\x0coperation_id\x18\x02 \x01(\t\x12\x11\n\ttenant_id\x18\x03 \x01(\t\x12\x12\n\nproject_id\x18\x04 \x01(\t\x12\x0e\n\x06key_id\x18\x05 \x01(\t\x12\x10\n\x08lease_id\x18\x06 \x01(\t\x12\x0f\n\x07hold_id\x18\x07 \x01(\t\x12\x15\n\rhold_nano_usd\x18\x08 \x01(\x03\x12\x10\n\x08is_final\x18\t \x01(\x08\x12\r\n\x05model\x18\n \x01(\t\x12\x10\n\x08provider\x18\x0b \x01(\t\x12)\n\x05usage\x18\x0c \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12\x32\n\x0eobserved_usage\x18\r \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12\x15\n\rcost_nano_usd\x18\x0e \x01(\x03\x12\x15\n\rprice_version\x18\x0f \x01(\t\x12.\n\nstart_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x08\x64uration\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x34\n\x07outcome\x18\x12 \x01(\x0e\x32#.sluice.inference.v1.AttemptOutcome\x12\x33\n\x0c\x65rror_reason\x18\x13 \x01(\x0e\x32\x1d.sluice.errors.v1.ErrorReason\x12\x30\n\ttask_type\x18\x14 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\x12\x16\n\x0esaved_nano_usd\x18\x15 \x01(\x03\x12\x36\n\x0c\x63\x61\x63he_status\x18\x16 \x01(\x0e\x32 .sluice.inference.v1.CacheStatus\x12(\n\x05payer\x18\x17 \x01(\x0e\x32\x19.sluice.metering.v1.Payer\x12\x16\n\x0e\x61ttempt_number\x18\x18 \x01(\x05\x12\x13\n\x0brequest_key\x18\x19 \x01(\x0c\"~\n\x10SettlementResult\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.sluice.metering.v1.SettlementState\x12\"\n\x06status\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status*\xa0\x01\n\tLimitKind\x12\x1a\n\x16LIMIT_KIND_UNSPECIFIED\x10\x00\x12\"\n\x1eLIMIT_KIND_REQUESTS_PER_MINUTE\x10\x01\x12 \n\x1cLIMIT_KIND_TOKENS_PER_MINUTE\x10\x02\x12\x1a\n\x16LIMIT_KIND_CONCURRENCY\x10\x03\x12\x15\n\x11LIMIT_KIND_BUDGET\x10\x04*\x82\x01\n\tHoldState\x12\x1a\n\x16HOLD_STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fHOLD_STATE_OPEN\x10\x01\x12\x15\n\x11HOLD_STATE_POSTED\x10\x02\x12\x15\n\x11HOLD_STATE_VOIDED\x10\x03\x12\x16\n\x12HOLD_STATE_EXPIRED\x10\x04*\x8e\x01\n\x0fSettlementState\x12 \n\x1cSETTLEMENT_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17SETTLEMENT_STATE_POSTED\x10\x01\x12\x1e\n\x1aSETTLEMENT_STATE_DUPLICATE\x10\x02\x12\x1c\n\x18SETTLEMENT_STATE_REFUSED\x10\x03*D\n\x05Payer\x12\x15\n\x11PAYER_UNSPECIFIED\x10\x00\x12\x10\n\x0cPAYER_TENANT\x10\x01\x12\x12\n\x0ePAYER_PLATFORM\x10\x02\x32\xb1\x05\n\x0fMeteringService\x12\x61\n\x0c\x41uthenticate\x12\'.sluice.metering.v1.AuthenticateRequest\x1a(.sluice.metering.v1.AuthenticateResponse\x12\x61\n\x0c\x41\x63quireLease\x12\'.sluice.metering.v1.AcquireLeaseRequest\x1a(.sluice.metering.v1.AcquireLeaseResponse\x12^\n\x0bReturnLease\x12&.sluice.metering.v1.ReturnLeaseRequest\x1a\'.sluice.metering.v1.ReturnLeaseResponse\x12j\n\x0f\x45ndReservations\x12*.sluice.metering.v1.EndReservationsRequest\x1a+.sluice.metering.v1.EndReservationsResponse\x12I\n\x04Hold\x12\x1f.sluice.metering.v1.HoldRequest\x1a .sluice.metering.v1.HoldResponse\x12U\n\x08VoidHold\x12#.sluice.metering.v1.VoidHoldRequest\x1a$.sluice.metering.v1.VoidHoldResponse\x12j\n\x0fPostSettlements\x12*.sluice.metering.v1.PostSettlementsRequest\x1a+.sluice.metering.v1.PostSettlementsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sluice.metering.v1.metering_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LIMITKIND']._serialized_start=3033
-  _globals['_LIMITKIND']._serialized_end=3193
-  _globals['_HOLDSTATE']._serialized_start=3196
-  _globals['_HOLDSTATE']._serialized_end=3326
-  _globals['_SETTLEMENTSTATE']._serialized_start=3329
-  _globals['_SETTLEMENTSTATE']._serialized_end=3471
-  _globals['_PAYER']._serialized_start=3473
-  _globals['_PAYER']._serialized_end=3541
+  _globals['_LIMITKIND']._serialized_start=3072
+  _globals['_LIMITKIND']._serialized_end=3232
+  _globals['_HOLDSTATE']._serialized_start=3235
+  _globals['_HOLDSTATE']._serialized_end=3365
+  _globals['_SETTLEMENTSTATE']._serialized_start=3368
+  _globals['_SETTLEMENTSTATE']._serialized_end=3510
+  _globals['_PAYER']._serialized_start=3512
+  _globals['_PAYER']._serialized_end=3580
   _globals['_AUTHENTICATEREQUEST']._serialized_start=261
   _globals['_AUTHENTICATEREQUEST']._serialized_end=302
   _globals['_AUTHENTICATERESPONSE']._serialized_start=304
   _globals['_AUTHENTICATERESPONSE']._serialized_end=425
   _globals['_IDENTITY']._serialized_start=428
-  _globals['_IDENTITY']._serialized_end=607
-  _globals['_ACQUIRELEASEREQUEST']._serialized_start=610
-  _globals['_ACQUIRELEASEREQUEST']._serialized_end=868
-  _globals['_ACQUIRELEASERESPONSE']._serialized_start=871
-  _globals['_ACQUIRELEASERESPONSE']._serialized_end=1172
-  _globals['_LIMITSTATUS']._serialized_start=1175
-  _globals['_LIMITSTATUS']._serialized_end=1330
-  _globals['_RETURNLEASEREQUEST']._serialized_start=1332
-  _globals['_RETURNLEASEREQUEST']._serialized_end=1393
-  _globals['_RETURNLEASERESPONSE']._serialized_start=1395
-  _globals['_RETURNLEASERESPONSE']._serialized_end=1416
-  _globals['_ENDRESERVATIONSREQUEST']._serialized_start=1418
-  _globals['_ENDRESERVATIONSREQUEST']._serialized_end=1462
-  _globals['_ENDRESERVATIONSRESPONSE']._serialized_start=1464
-  _globals['_ENDRESERVATIONSRESPONSE']._serialized_end=1516
-  _globals['_HOLDREQUEST']._serialized_start=1519
-  _globals['_HOLDREQUEST']._serialized_end=1693
-  _globals['_HOLDRESPONSE']._serialized_start=1696
-  _globals['_HOLDRESPONSE']._serialized_end=1838
-  _globals['_VOIDHOLDREQUEST']._serialized_start=1840
-  _globals['_VOIDHOLDREQUEST']._serialized_end=1896
-  _globals['_VOIDHOLDRESPONSE']._serialized_start=1898
-  _globals['_VOIDHOLDRESPONSE']._serialized_end=1962
-  _globals['_POSTSETTLEMENTSREQUEST']._serialized_start=1964
-  _globals['_POSTSETTLEMENTSREQUEST']._serialized_end=2041
-  _globals['_POSTSETTLEMENTSRESPONSE']._serialized_start=2043
-  _globals['_POSTSETTLEMENTSRESPONSE']._serialized_end=2123
-  _globals['_SETTLEMENT']._serialized_start=2126
-  _globals['_SETTLEMENT']._serialized_end=2902
-  _globals['_SETTLEMENTRESULT']._serialized_start=2904
-  _globals['_SETTLEMENTRESULT']._serialized_end=3030
-  _globals['_METERINGSERVICE']._serialized_start=3544
-  _globals['_METERINGSERVICE']._serialized_end=4233
+  _globals['_IDENTITY']._serialized_end=631
+  _globals['_ACQUIRELEASEREQUEST']._serialized_start=634
+  _globals['_ACQUIRELEASEREQUEST']._serialized_end=907
+  _globals['_ACQUIRELEASERESPONSE']._serialized_start=910
+  _globals['_ACQUIRELEASERESPONSE']._serialized_end=1211
+  _globals['_LIMITSTATUS']._serialized_start=1214
+  _globals['_LIMITSTATUS']._serialized_end=1369
+  _globals['_RETURNLEASEREQUEST']._serialized_start=1371
+  _globals['_RETURNLEASEREQUEST']._serialized_end=1432
+  _globals['_RETURNLEASERESPONSE']._serialized_start=1434
+  _globals['_RETURNLEASERESPONSE']._serialized_end=1455
+  _globals['_ENDRESERVATIONSREQUEST']._serialized_start=1457
+  _globals['_ENDRESERVATIONSREQUEST']._serialized_end=1501
+  _globals['_ENDRESERVATIONSRESPONSE']._serialized_start=1503
+  _globals['_ENDRESERVATIONSRESPONSE']._serialized_end=1555
+  _globals['_HOLDREQUEST']._serialized_start=1558
+  _globals['_HOLDREQUEST']._serialized_end=1732
+  _globals['_HOLDRESPONSE']._serialized_start=1735
+  _globals['_HOLDRESPONSE']._serialized_end=1877
+  _globals['_VOIDHOLDREQUEST']._serialized_start=1879
+  _globals['_VOIDHOLDREQUEST']._serialized_end=1935
+  _globals['_VOIDHOLDRESPONSE']._serialized_start=1937
+  _globals['_VOIDHOLDRESPONSE']._serialized_end=2001
+  _globals['_POSTSETTLEMENTSREQUEST']._serialized_start=2003
+  _globals['_POSTSETTLEMENTSREQUEST']._serialized_end=2080
+  _globals['_POSTSETTLEMENTSRESPONSE']._serialized_start=2082
+  _globals['_POSTSETTLEMENTSRESPONSE']._serialized_end=2162
+  _globals['_SETTLEMENT']._serialized_start=2165
+  _globals['_SETTLEMENT']._serialized_end=2941
+  _globals['_SETTLEMENTRESULT']._serialized_start=2943
+  _globals['_SETTLEMENTRESULT']._serialized_end=3069
+  _globals['_METERINGSERVICE']._serialized_start=3583
+  _globals['_METERINGSERVICE']._serialized_end=4272
 # @@protoc_insertion_point(module_scope)

@@ -206,6 +206,7 @@ class Identity(_message.Message):
     ALLOWED_MODELS_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     CACHE_NAMESPACE_FIELD_NUMBER: _builtins.int
+    LIMITED_MODELS_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """Tenant."""
     project_id: _builtins.str
@@ -226,6 +227,10 @@ class Identity(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the key ends; absent: never."""
 
+    @_builtins.property
+    def limited_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Catalogue ids of models that have limits of their own for this key: each needs a lease of its own. Sorted."""
+
     def __init__(
         self,
         *,
@@ -236,10 +241,11 @@ class Identity(_message.Message):
         allowed_models: _abc.Iterable[_builtins.str] | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         cache_namespace: _builtins.str = ...,
+        limited_models: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "cache_namespace", b"cache_namespace", "expire_time", b"expire_time", "key_id", b"key_id", "project_id", b"project_id", "scopes", b"scopes", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed_models", b"allowed_models", "cache_namespace", b"cache_namespace", "expire_time", b"expire_time", "key_id", b"key_id", "limited_models", b"limited_models", "project_id", b"project_id", "scopes", b"scopes", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,7 +253,7 @@ Global___Identity: _TypeAlias = Identity  # noqa: Y015
 
 @_typing.final
 class AcquireLeaseRequest(_message.Message):
-    """AcquireLeaseRequest asks for slices."""
+    """AcquireLeaseRequest asks for slices, of the key's limits or of those of one model for the key."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -261,6 +267,7 @@ class AcquireLeaseRequest(_message.Message):
     WANTED_NANO_USD_FIELD_NUMBER: _builtins.int
     LEFT_REQUEST_COUNT_FIELD_NUMBER: _builtins.int
     LEFT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The asking process. Required."""
     sequence: _builtins.int
@@ -281,6 +288,8 @@ class AcquireLeaseRequest(_message.Message):
     """Requests, of those granted before, that were not spent."""
     left_token_count: _builtins.int
     """Tokens, of those granted before, that were not spent."""
+    model: _builtins.str
+    """Catalogue id: only the limits of this model are asked for, and no money; empty: only those that hold whatever the model."""
     def __init__(
         self,
         *,
@@ -294,10 +303,11 @@ class AcquireLeaseRequest(_message.Message):
         wanted_nano_usd: _builtins.int = ...,
         left_request_count: _builtins.int = ...,
         left_token_count: _builtins.int = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "lease_id", b"lease_id", "left_request_count", b"left_request_count", "left_token_count", b"left_token_count", "replica_id", b"replica_id", "sequence", b"sequence", "wanted_concurrency", b"wanted_concurrency", "wanted_nano_usd", b"wanted_nano_usd", "wanted_request_count", b"wanted_request_count", "wanted_token_count", b"wanted_token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "lease_id", b"lease_id", "left_request_count", b"left_request_count", "left_token_count", b"left_token_count", "model", b"model", "replica_id", b"replica_id", "sequence", b"sequence", "wanted_concurrency", b"wanted_concurrency", "wanted_nano_usd", b"wanted_nano_usd", "wanted_request_count", b"wanted_request_count", "wanted_token_count", b"wanted_token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
