@@ -104,6 +104,7 @@ async def open_service(config: Config, process: Process) -> AsyncIterator[Servic
         plan=budgets.plan,
         count=budgets.count,
         uncounted_bytes=config.uncounted_bytes,
+        linger=config.linger_seconds,
     )
     core = Core(peers, around, limits, clock)
     _expose(process.metrics, around)

@@ -131,6 +131,14 @@ class Config:
     )
     replay_bytes: int = setting(64 * _MEBIBYTE, "Memory of their answers", unit="bytes", minimum=0)
     replay_seconds: float = setting(86_400.0, "How long they are kept, memory permitting", unit="s", minimum=1)
+    linger_seconds: float = setting(
+        10.0,
+        "How long a request with a request id goes on when its caller has gone, so that its repetition joins it. 0: it is cancelled at once, "
+        "as requests without one are",
+        unit="s",
+        minimum=0,
+        maximum=600,
+    )
     shared_replays: SharedReplayConfig = setting(SharedReplayConfig(), "Answers that all gateways can replay")
     store_count: int = setting(1024, "Answers that may wait to be stored in the cache; more are dropped", minimum=1)
     store_bytes: int = setting(32 * _MEBIBYTE, "Bytes of the answers that may wait to be stored", unit="bytes", minimum=1)

@@ -72,6 +72,8 @@ class CoreLimits:
     count: float
     uncounted_bytes: int
     """Largest prompt that is sent uncounted where nothing depends on its count."""
+    linger: float
+    """Seconds that a request with a request id goes on when nobody waits for it any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,7 @@ class Core:
         self._plans = around.plans
         self._cache = around.cache
         self._journal = around.journal
-        self._sharing = Sharing(around.requests, around.replays)
+        self._sharing = Sharing(around.requests, around.replays, limits.linger)
         self._passing = around.passing
         self._limits = limits
         self._clock = clock
@@ -806,10 +808,10 @@ class Core:
                     return
                 raise
             # It may be made all the same: what is lost is the answer.
-            self._around.releases.void(f"hold-{facts.operation_id}")
+            self._around.releases.void_lost(f"hold-{facts.operation_id}")
             raise
         except asyncio.CancelledError:
-            self._around.releases.void(f"hold-{facts.operation_id}")
+            self._around.releases.void_lost(f"hold-{facts.operation_id}")
             raise
         facts.hold = grant.amount_nano_usd
         facts.hold_id = grant.hold_id

@@ -79,6 +79,7 @@ class Shared(Generic[Result]):
         "abandon",
         "failure",
         "fingerprint",
+        "leaving",
         "result",
         "size",
         "waiters",
@@ -98,6 +99,8 @@ class Shared(Generic[Result]):
         self.work: asyncio.Task[None] | None = None
         self.abandon: Callable[[], None] | None = None
         """Lets a new operation take this one's request id."""
+        self.leaving: asyncio.TimerHandle | None = None
+        """Ends it if nobody has joined by then."""
         self._pieces: deque[tuple[object, int]] = deque()
         self._base = 0
         self._kept_bytes = 0

@@ -13,6 +13,8 @@ from services.runtime.errors import Failure, Reason
 
 _FIRST_DELAY: Final = 0.1
 _LONGEST_DELAY: Final = 2.0
+_ON_ITS_WAY: Final = 2.0
+"""Seconds after which a request whose caller has given up was carried out or never is."""
 
 _Release = Callable[[], Awaitable[None]]
 
@@ -33,6 +35,20 @@ class Releases:
     def void(self, hold_id: str, *, may_have_run: bool = False) -> None:
         """Queues a hold to be freed: at once, or when what may have run for it is settled. One that was never made is no error."""
         self._add(partial(self._metering.void, hold_id, may_have_run=may_have_run, timeout=self._call_seconds))
+
+    def void_lost(self, hold_id: str) -> None:
+        """As `void`, of a hold whose answer was lost: where there is none yet its request may still be on its way, and it is looked for
+        once more.
+        """
+        self._add(partial(self._void_lost, hold_id))
+
+    async def _void_lost(self, hold_id: str) -> None:
+        try:
+            await self._metering.void(hold_id, may_have_run=False, timeout=self._call_seconds)
+        except Failure as failure:
+            if failure.reason is not Reason.RESOURCE_NOT_FOUND:
+                raise
+            asyncio.get_running_loop().call_later(_ON_ITS_WAY, self.void, hold_id)
 
     def give_back(self, tenant_id: str, lease_id: str, owed_nano_usd: int) -> None:
         """Queues a lease to be returned; see Metering.give_back."""

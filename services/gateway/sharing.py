@@ -1,7 +1,7 @@
 """Requests with a request id: several callers, one operation, one charge.
 
-The operation runs in a task of its own, so that it outlives the caller that began it when others have joined; the last caller to leave
-cancels it. Streams are joined from their first piece, or given whole at their end where that can't be.
+The operation runs in a task of its own, so that it outlives the caller that began it. Who gives a request id says that it may ask again:
+when the last caller has left, the operation goes on for a while for those who come back, and is cancelled then. Streams are joined from their first piece, or given whole at their end where that can't be.
 
 Each caller waits until its own deadline. The operation has the deadline of the caller that began it: execution was given that with the
 call, plans its attempts by it and settles what is unfinished when it passes. So who joins with a later one may be refused for a deadline
@@ -30,9 +30,11 @@ _AWAITED: Final = "the operation of this request id"
 class Sharing:
     """The operations that callers share, by tenant and request id."""
 
-    def __init__(self, requests: Requests[Answered], replays: Replays) -> None:
+    def __init__(self, requests: Requests[Answered], replays: Replays, linger: float) -> None:
+        """`linger`: seconds that an operation goes on when nobody waits for it."""
         self._requests = requests
         self._replays = replays
+        self._linger = linger
 
     async def run(
         self,
@@ -52,7 +54,7 @@ class Sharing:
         then the operation goes on for its caller's repetition.
         """
         shared, _ = self._find_or_begin(tenant_id, request_id, body, kind, lambda _, request_key: work(request_key))
-        with _waiting(shared, is_lost):
+        with self._waiting(shared, is_lost):
             while not shared.is_done():
                 await _change(shared, deadline)
         return _result(shared)
@@ -87,7 +89,7 @@ class Sharing:
         shared, is_new = self._find_or_begin(tenant_id, request_id, body, kind, pump)
         if is_new:
             shared.wire = wire
-        with _waiting(shared, is_lost), shared.read() as reader:
+        with self._waiting(shared, is_lost), shared.read() as reader:
             while reader.is_whole and shared.wire in (wire, 0):
                 event = reader.next()
                 if event is not None:
@@ -101,6 +103,24 @@ class Sharing:
             while not shared.is_done():
                 await _change(shared, deadline)
         yield _result(shared)
+
+    @contextlib.contextmanager
+    def _waiting(self, shared: Shared[Answered], is_lost: Callable[[], bool]) -> Iterator[None]:
+        """Counts a caller that waits. When the last one leaves before the end, nobody may be without the operation for longer than it
+        lingers, unless that caller `is_lost`.
+        """
+        shared.waiters += 1
+        try:
+            yield
+        finally:
+            shared.waiters -= 1
+            if shared.waiters == 0 and not shared.is_done() and not is_lost():
+                if shared.leaving is not None:
+                    shared.leaving.cancel()
+                if self._linger > 0.0:
+                    shared.leaving = asyncio.get_running_loop().call_later(self._linger, _let_go, shared)
+                else:
+                    _let_go(shared)
 
     def _find_or_begin(
         self,
@@ -154,18 +174,13 @@ def _mark(kind: str, body: Message) -> bytes:
     return fingerprint(kind.encode() + b"\0" + body.SerializeToString(deterministic=True))
 
 
-@contextlib.contextmanager
-def _waiting(shared: Shared[Answered], is_lost: Callable[[], bool]) -> Iterator[None]:
-    """Counts a caller that waits; the last one to leave before the end cancels the operation, unless it `is_lost`."""
-    shared.waiters += 1
-    try:
-        yield
-    finally:
-        shared.waiters -= 1
-        if shared.waiters == 0 and not shared.is_done() and shared.work is not None and not is_lost():
-            if shared.abandon is not None:
-                shared.abandon()
-            shared.work.cancel()
+def _let_go(shared: Shared[Answered]) -> None:
+    """Cancels an operation that nobody waits for."""
+    if shared.waiters or shared.is_done() or shared.work is None:
+        return
+    if shared.abandon is not None:
+        shared.abandon()
+    shared.work.cancel()
 
 
 def _check(deadline: float) -> None:

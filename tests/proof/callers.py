@@ -65,6 +65,8 @@ class Ask:
     is_http: bool
     leaves_after: float | None = None
     """Seconds after which it goes away."""
+    has_key: bool = True
+    """Whether the marker is sent as the idempotency key. Who has none asks once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,10 @@ class Outcome:
 
 class TryFailedError(Exception):
     """A try without an answer."""
+
+
+class LeftError(Exception):
+    """The caller went away in the middle of a stream, as it was told to."""
 
 
 class Callers:
@@ -135,24 +141,26 @@ class Callers:
                 outcome.answer = await self.once(ask, self._random.randrange(len(self._gateways)))
             except TryFailedError as error:
                 outcome.errors[str(error)] += 1
+                if not ask.has_key:
+                    return
             else:
                 return
             await asyncio.sleep(pause * self._random.uniform(0.7, 1.3))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    async def once(self, ask: Ask, gateway: int) -> Answer:
-        """One try at one gateway. Raises TryFailedError."""
+    async def once(self, ask: Ask, gateway: int, *, most_pieces: int | None = None) -> Answer:
+        """One try at one gateway. Raises TryFailedError, and LeftError where `most_pieces` of its stream have come before its end."""
         if ask.is_http:
-            return await self._over_http(ask, self._gateways[gateway].http)
-        return await self._over_grpc(ask, self._stubs[gateway])
+            return await self._over_http(ask, self._gateways[gateway].http, most_pieces)
+        return await self._over_grpc(ask, self._stubs[gateway], most_pieces)
 
-    async def _over_grpc(self, ask: Ask, stub: Any) -> Answer:
+    async def _over_grpc(self, ask: Ask, stub: Any, most_pieces: int | None) -> Answer:
         kind = inference_service_pb2.StreamGenerateRequest if ask.is_streamed else inference_service_pb2.GenerateRequest
         message = conversation_pb2.Message(
             role=conversation_pb2.ROLE_USER, parts=[conversation_pb2.Part(text=f"[{ask.marker}] What will come?")]
         )
         request = kind(
-            request_id=ask.marker,
+            request_id=ask.marker if ask.has_key else "",
             conversation=conversation_pb2.Conversation(messages=[message], max_output_tokens=MOST_TOKENS),
             routing=inference_service_pb2.RoutingWishes(model=provider.MODEL),
             cache=inference_service_pb2.CacheWishes(mode=inference_service_pb2.CACHE_MODE_OFF),
@@ -165,11 +173,17 @@ class Callers:
                 text = "".join(part.text for part in whole.answer.message.parts)
                 return Answer(whole.operation_id, _execution(text), whole.cost_nano_usd)
             operation, text, cost = "", "", None
-            async for event in stub.StreamGenerate(request, timeout=TRY_SECONDS, metadata=metadata):
+            pieces = 0
+            call = stub.StreamGenerate(request, timeout=TRY_SECONDS, metadata=metadata)
+            async for event in call:
                 if event.HasField("opened"):
                     operation = event.opened.operation_id
                 elif event.HasField("delta"):
                     text += event.delta.text
+                    pieces += 1
+                    if pieces == most_pieces:
+                        call.cancel()
+                        raise LeftError
                 else:
                     cost = event.closed.cost_nano_usd
         except grpc.RpcError as error:
@@ -178,7 +192,7 @@ class Callers:
             raise TryFailedError("gRPC: the stream ended before its end")
         return Answer(operation, _execution(text), cost)
 
-    async def _over_http(self, ask: Ask, url: str) -> Answer:
+    async def _over_http(self, ask: Ask, url: str, most_pieces: int | None) -> Answer:
         body = {
             "model": provider.MODEL,
             "messages": [{"role": "user", "content": f"[{ask.marker}] What will come?"}],
@@ -189,13 +203,14 @@ class Callers:
         headers = {
             "authorization": f"Bearer {ask.secret}",
             "content-type": "application/json",
-            "idempotency-key": ask.marker,
             "x-sluice-cache": "off",
             "x-sluice-timeout": f"{TRY_SECONDS:g}s",
         }
+        if ask.has_key:
+            headers["idempotency-key"] = ask.marker
         try:
             async with asyncio.timeout(TRY_SECONDS + 5.0):
-                response = await _exchange(url, headers, json.dumps(body).encode())
+                response = await _exchange(url, headers, json.dumps(body).encode(), most_pieces)
         except TimeoutError:
             raise TryFailedError("HTTP: no answer in time") from None
         except (OSError, httptools.HttpParserError) as error:
@@ -258,7 +273,7 @@ class _Response:
         self.is_complete = True
 
 
-async def _exchange(url: str, headers: Mapping[str, str], body: bytes) -> _Response:
+async def _exchange(url: str, headers: Mapping[str, str], body: bytes, most_pieces: int | None) -> _Response:
     """POST to the chat completions. Leaving early closes the connection."""
     parts = urlsplit(url)
     response = _Response()
@@ -267,6 +282,8 @@ async def _exchange(url: str, headers: Mapping[str, str], body: bytes) -> _Respo
         writer.write("\r\n".join(("POST /v1/chat/completions HTTP/1.1", *lines, "", "")).encode() + body)
         while not response.is_complete and (data := await reader.read(65536)):
             response.feed(data)
+            if most_pieces is not None and not response.is_complete and response.body.count(b'"content":"') >= most_pieces:
+                raise LeftError
     return response
 
 

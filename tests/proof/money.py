@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.proof import oracle, tampering
+from tests.proof import oracle, retries, tampering
 from tests.proof.registry import Scenario
 
 _FINDS: Final = "`ledger verify` finds a changed byte, a removed row, swapped rows, and against a kept head a cut tail"
@@ -16,5 +16,10 @@ SCENARIOS: Final = (
         "money.oracle_kills",
         "while every process is killed, each answer is booked as its provider billed it",
         oracle.oracle_kills,
+    ),
+    Scenario(
+        "money.client_retries",
+        "callers that break off, mid-stream too, and ask again with their key cause one provider call and one charge each",
+        retries.client_retries,
     ),
 )

@@ -97,7 +97,8 @@ _SECTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 
 @contextlib.contextmanager
-def _mesh(url: str) -> Iterator[Running]:
+def mesh(url: str) -> Iterator[Running]:
+    """A mesh with GATEWAYS gateways whose models include the oracle's."""
     with running("mesh", sections=_SECTIONS, catalogue=_catalogue(url), replicas={"gateway": GATEWAYS}) as started:
         yield started
 
@@ -159,7 +160,8 @@ def _reservations(started: Running) -> list[str]:
     ]
 
 
-def _entries(client: Client) -> list[usage_service_pb2.LedgerEntry]:
+def entries_of(client: Client) -> list[usage_service_pb2.LedgerEntry]:
+    """What the ledger says of the oracle."""
     request = usage_service_pb2.ListEntriesRequest()
     return [
         entry
@@ -267,9 +269,12 @@ def _asks(number: int, secrets: Sequence[str]) -> list[Ask]:
             secrets[chance.random() < _HELD_SINGLY],
             is_streamed=chance.random() < 0.5,
             is_http=chance.random() < 0.5,
-            leaves_after=chance.uniform(0.0, _LATEST_LEAVE) if chance.random() < _LEAVING else None,
+            # Without a key its going away cancels the request.
+            leaves_after=leaves_after,
+            has_key=leaves_after is None,
         )
         for index in range(number)
+        for leaves_after in (chance.uniform(0.0, _LATEST_LEAVE) if chance.random() < _LEAVING else None,)
     ]
 
 
@@ -307,20 +312,20 @@ class _Kills:
 def oracle_kills(context: Context) -> Result:
     """Callers ask an oracle for answers, 60 a second over three gateways, while every few seconds a process of the mesh is killed.
 
-    One in twenty callers goes away at a random time; the others ask again with the same key until they have the last byte. Every
+    One in twenty callers goes away at a random time, and has no key; the others ask again with the same key until they have the last byte. Every
     settlement is posted twice (see redelivery.py for why that stands for NATS delivering twice). In the end the ledger must say of
     every answer that a caller got what the oracle billed for it, to the nano-dollar; no attempt may be booked twice; within a minute
     no money may be held; and what crashes made the oracle run more than once must be the platform's to pay.
     """
     number = context.size(long=10_000, short=600)
     least_kills = context.size(long=40, short=6)
-    with oracle() as (url, bill), _mesh(url) as started, started.client() as client:
+    with oracle() as (url, bill), mesh(url) as started, started.client() as client:
         ready = started.ready
         asks = _asks(number, (ready.key, _second_tenant(client)))
         outcomes, kills, again = uvloop.run(_loaded(context, started, asks))
         held_seconds = uvloop.run(_seconds_held(client))
         reservations = [] if held_seconds is not None else _reservations(started)
-        found = audit(outcomes, provider.read_bill(bill), _entries(client))
+        found = audit(outcomes, provider.read_bill(bill), entries_of(client))
         with failures():
             verdict = client.usage.VerifyLedger(
                 usage_service_pb2.VerifyLedgerRequest(), timeout=_CALL_SECONDS, metadata=client.as_admin

@@ -61,6 +61,7 @@ class Settings:
 
     slice_nano_usd: int
     recall_factor: int
+    linger: float
     lease_seconds: float
     grace_seconds: float
     uncounted_bytes: int
@@ -130,6 +131,7 @@ class Gateway:
             plan=1.0,
             count=0.25,
             uncounted_bytes=settings.uncounted_bytes,
+            linger=settings.linger,
         )
         self.core = Core(Peers(routing=routing, execution=execution, tokenization=tokenization), self.around, limits, clock)
         # Its clock was bound when the module was read.

@@ -162,6 +162,7 @@ class World:
         self.settings = Settings(
             slice_nano_usd=rng.choice([150_000, 400_000, 1_000_000]),
             recall_factor=rng.choice([1, 20]),
+            linger=rng.choice([0.0, 1.0, 5.0]),
             lease_seconds=rng.choice([4.0, 10.0, 15.0]),
             grace_seconds=45.0,
             uncounted_bytes=rng.choice([0, 8192]),

@@ -432,6 +432,7 @@ class World:
     nano_usd: int = 1_000_000
     request_slice: int = 32
     uncounted_bytes: int = 8192
+    linger: float = 0.0
     gateways: Any = None
     replays: Any = field(default_factory=NoReplays)
     replica_id: str = "gateway-test"
@@ -489,6 +490,7 @@ class World:
                 default_max_output_tokens=4096,
                 min_output_tokens=16,
                 authenticate=0.2,
+                linger=self.linger,
                 lease=0.2,
                 plan=0.2,
                 count=0.1,

@@ -66,6 +66,22 @@ async def test_what_metering_refuses_is_not_asked_again() -> None:
     assert (len(world.metering.asked("VoidHold")), world.releases.dropped_count) == (2, 1)
 
 
+async def test_a_lost_hold_that_is_not_there_yet_is_looked_for_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases, "_ON_ITS_WAY", 0.02)
+    world = World()
+    async with releasing(world):
+        world.releases.void_lost("hold-1")
+        await eventually(lambda: len(world.metering.asked("VoidHold")) == 1)
+        await asyncio.sleep(0.1)
+        assert len(world.metering.asked("VoidHold")) == 1
+        world.metering.failures["VoidHold"] = Failure(Reason.RESOURCE_NOT_FOUND, "there is no holds/hold-2")
+        world.releases.void_lost("hold-2")
+        await eventually(lambda: len(world.metering.asked("VoidHold")) == 3)
+        await asyncio.sleep(0.1)
+    assert [request.hold_id for request in world.metering.asked("VoidHold")] == ["hold-1", "hold-2", "hold-2"]
+    assert world.releases.dropped_count == 0
+
+
 async def test_a_release_that_is_cut_off_is_not_lost() -> None:
     world = World()
     world.metering.delays["VoidHold"] = 60.0

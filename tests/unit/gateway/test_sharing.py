@@ -120,3 +120,54 @@ async def test_the_deadline_of_whoever_waits_longest_ends_the_operation_when_it_
     await asyncio.sleep(0.01)
     assert world.execution.cancelled_count == 1
     assert not world.requests.running()
+
+
+async def test_who_leaves_and_comes_back_in_time_joins_what_it_began() -> None:
+    world = World(linger=0.2)
+    world.execution.gate = asyncio.Event()
+    first = asyncio.create_task(world.generate(generate(request_id="r1")))
+    await under_way(world, "Complete")
+    for _ in range(3):
+        # Each time the operation lingers from the last leaving on.
+        first.cancel()
+        await asyncio.sleep(0.1)
+        first = asyncio.create_task(world.generate(generate(request_id="r1")))
+        await asyncio.sleep(0.01)
+    world.execution.gate.set()
+    assert (await first).answer.message.parts
+    assert (len(world.execution.asked("Complete")), world.execution.cancelled_count) == (1, 0)
+
+
+async def test_a_stream_that_was_left_is_given_from_its_first_piece_to_who_comes_back() -> None:
+    world = World(linger=5.0)
+    world.execution.pieces = ["a", "b", "c"]
+    world.execution.piece_gate = asyncio.Event()
+    request = generate(request_id="r1")
+    events = world.core.stream(PRINCIPAL, request, accepted_wire=0, deadline=world.soon())
+    assert isinstance(await anext(events), Opened)
+    assert isinstance(await anext(events), execution_service_pb2.DeltaBatch)
+    await events.aclose()
+    joined = asyncio.create_task(world.stream(request))
+    await asyncio.sleep(0.01)
+    world.execution.piece_gate.set()
+    assert "".join(delta.text for event in (await joined)[1:-1] for delta in event.deltas) == "abc"
+    assert len(world.execution.asked("StreamComplete")) == 1
+
+
+async def test_what_nobody_comes_back_to_is_cancelled_when_it_has_lingered() -> None:
+    world = World(linger=0.05)
+    world.execution.gate = asyncio.Event()
+    first = asyncio.create_task(world.generate(generate(request_id="r1")))
+    await under_way(world, "Complete")
+    first.cancel()
+    await asyncio.sleep(0.01)
+    assert world.execution.cancelled_count == 0
+    await asyncio.sleep(0.1)
+    assert world.execution.cancelled_count == 1
+    assert not world.requests.running()
+    # Who comes later begins another one; nobody's timer ends that.
+    second = asyncio.create_task(world.generate(generate(request_id="r1")))
+    await asyncio.sleep(0.1)
+    world.execution.gate.set()
+    assert (await second).answer.message.parts
+    assert len(world.execution.asked("Complete")) == 2

@@ -141,7 +141,8 @@ class GenerateRequest(_message.Message):
     """Idempotency key chosen by the caller, 1 to 128 printable ASCII characters; unique per tenant for 24 hours. Empty: each
     call is its own operation. A call that joins one in flight waits until its own deadline, and the operation goes on for the
     others; the operation itself has the deadline of the call that began it, so a call that would wait longer may get
-    DEADLINE_EXCEEDED before its time. Sent again with the same id it begins anew.
+    DEADLINE_EXCEEDED before its time. Sent again with the same id it begins anew. When its last caller has gone, the operation goes
+    on for 10 s (`gateway.linger_seconds`) for a repetition to join.
     """
     task_type: _receipt_pb2.TaskType.ValueType
     """The kind of work. UNSPECIFIED: the classifier decides."""
