@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -131,9 +131,10 @@ class GrpcServer:
                     admission.leave()
                     barrier()
             except Failure as failure:
-                await _abort(context, failure)
+                _fail(context, failure)
             except Exception as error:  # noqa: BLE001  # a message boundary; it is logged and mapped
-                await _abort(context, self._unsendable(path, error))
+                _fail(context, self._unsendable(path, error))
+            return b""
 
         return run
 
@@ -145,7 +146,6 @@ class GrpcServer:
         path = method.path
 
         async def run(data: bytes, context: Context) -> AsyncIterator[bytes]:
-            failure: Failure | None = None
             try:
                 admission.enter()
                 try:
@@ -160,12 +160,10 @@ class GrpcServer:
                 finally:
                     admission.leave()
                     barrier()
-            except Failure as raised:
-                failure = raised
+            except Failure as failure:
+                _fail(context, failure)
             except Exception as error:  # noqa: BLE001  # a message boundary; it is logged and mapped
-                failure = self._unsendable(path, error)
-            if failure is not None:
-                await _abort(context, failure)
+                _fail(context, self._unsendable(path, error))
 
         return run
 
@@ -178,7 +176,7 @@ class GrpcServer:
         try:
             await self._links.exchange(requests, context)
         except Failure as failure:
-            await _abort(context, failure)
+            _fail(context, failure)
 
 
 class _Handlers(grpc.GenericRpcHandler):
@@ -194,7 +192,7 @@ class _Handlers(grpc.GenericRpcHandler):
 
 
 async def _refuse_unknown(requests: object, context: Context) -> None:
-    await _abort(context, Failure(Reason.ROUTE_NOT_FOUND, "this server has no such method; reflection lists what it has"))
+    _fail(context, Failure(Reason.ROUTE_NOT_FOUND, "this server has no such method; reflection lists what it has"))
 
 
 class _ReflectionGate(grpc.aio.ServerInterceptor):
@@ -223,10 +221,16 @@ def _texts(metadata: Any) -> dict[str, str]:
     return {key: value for key, value in metadata or () if isinstance(value, str)}
 
 
-async def _abort(context: Context, failure: Failure) -> NoReturn:
+def _fail(context: Context, failure: Failure) -> None:
+    """How the call ends when its handler returns.
+
+    The context's own `abort` raises an error that it keeps: with the frames of its traceback, which have the context, that makes a cycle, and
+    until it is found the stream counts as one of its connection's.
+    """
     status = status_from_failure(failure)
-    await context.abort(grpc_code(failure), status.message, trailing_metadata=((DETAILS_KEY, status.SerializeToString()),))
-    raise AssertionError("abort raises")
+    context.set_code(grpc_code(failure))
+    context.set_details(status.message)
+    context.set_trailing_metadata(((DETAILS_KEY, status.SerializeToString()),))
 
 
 def _reflection(settings: MeshSettings) -> Reflection:

@@ -162,12 +162,17 @@ class BoundedStream:
             pending = work.send(None)
         except StopIteration as done:
             return done.value
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again, or as what it stands for
             self._rest()
             failure = self._end(error)
-            if failure is error:
-                raise
-            raise failure from None
+            try:
+                if failure is error:
+                    raise
+                raise failure from None
+            finally:
+                # An error that this frame holds holds the frame, and all that the error came through: the call's context among them, and
+                # with that its place among the streams of its connection, until the next look for cycles.
+                del failure
         loop = self._loop
         task = self._task = asyncio.current_task(loop)
         assert task is not None, "a call needs a running task"
@@ -181,14 +186,17 @@ class BoundedStream:
             if self._expired and task.uncancel() == 0:
                 raise deadline_exceeded(self._what) from None
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again, or as what it stands for
             self._rest()
             if self._expired:
                 task.uncancel()
             failure = self._end(error)
-            if failure is error:
-                raise
-            raise failure from None
+            try:
+                if failure is error:
+                    raise
+                raise failure from None
+            finally:
+                del failure
         else:
             if self._expired and task.uncancel() > 0:
                 raise asyncio.CancelledError

@@ -325,23 +325,31 @@ class StagedStream:
             for step in self._before:
                 step(call)
             return self._handler(request, call), ended
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again, or as what it stands for
             failure = ended(error)
-            if failure is error or failure is None:
-                raise
-            raise failure from None
+            try:
+                if failure is error or failure is None:
+                    raise
+                raise failure from None
+            finally:
+                # See BoundedStream.
+                del failure
 
     async def __call__(self, request: Any, call: Call) -> AsyncIterator[Any]:
         replies, ended = self.open(request, call)
         try:
             async for reply in replies:
                 yield reply
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised again, or as what it stands for
             await replies.aclose()
             failure = ended(error)
-            if failure is error or failure is None:
-                raise
-            raise failure from None
+            try:
+                if failure is error or failure is None:
+                    raise
+                raise failure from None
+            finally:
+                # See BoundedStream.
+                del failure
         ended(None)
 
 
@@ -386,14 +394,18 @@ class Chain:
                 else:
                     reply = yield from waited(work, pending, call.deadline, path)
             # A process boundary for the caller: whatever it is, it leaves as a Failure, and cancellation as itself.
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  # raised again, or as what it stands for
                 failure = to_failure(method, call, error)
                 seconds = clock() - began
                 for end in after:
                     end(call, seconds, failure)
-                if failure is error or not isinstance(error, Exception):
-                    raise
-                raise failure from None
+                try:
+                    if failure is error or not isinstance(error, Exception):
+                        raise
+                    raise failure from None
+                finally:
+                    # See BoundedStream.
+                    del failure
             seconds = clock() - began
             for end in after:
                 end(call, seconds, None)

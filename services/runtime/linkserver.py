@@ -222,6 +222,8 @@ class _Session:
             del self._credits[call_id]
             self._admission.leave()
         self._end(call_id, failure)
+        # Its traceback has this frame.
+        del failure
 
 
 class _Credits:

@@ -161,7 +161,8 @@ class Jobs:
             script.produced += 1
             yield job_service_pb2.WatchJobResponse(job=job_service_pb2.Job(attempt_count=index))
         if then == "fail":
-            raise BUDGET
+            # One that is raised again keeps the frames of every time.
+            raise Failure(BUDGET.reason, BUDGET.message, metadata=BUDGET.metadata, retry_delay=BUDGET.retry_delay)
         if then == "crash":
             raise ValueError("the inside of an engine")
         if then == "hang":

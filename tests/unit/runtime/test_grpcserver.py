@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,8 +13,9 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from services.runtime import grpcserver
 from services.runtime.settings import MeshSettings, Profile, Reflection
-from sluice.jobs.v1.job_service_pb2 import GetJobRequest
+from sluice.jobs.v1.job_service_pb2 import GetJobRequest, WatchJobRequest
 from sluice.jobs.v1.job_service_pb2_grpc import JobServiceStub
 from sluice.tokenization.v1.tokenization_service_pb2 import CountTextsRequest
 from sluice.tokenization.v1.tokenization_service_pb2_grpc import TokenizationServiceStub
@@ -177,3 +179,30 @@ async def test_an_answer_that_cannot_be_sent_is_internal() -> None:
         call = tokens.CountTexts(CountTextsRequest(model="unsendable"), metadata=IDENTITY)
         assert await refused(call) == (grpc.StatusCode.INTERNAL, "INTERNAL")
         assert running.log.events("error") == ["unsendable answer"]
+
+
+@pytest.mark.parametrize("job_id", ["3", "2:fail"])
+async def test_streams_that_have_ended_take_no_place_of_their_connection(monkeypatch: pytest.MonkeyPatch, job_id: str) -> None:
+    """A cycle that has a call's context in it keeps its stream counted until it is found; the server refuses streams beyond its limit."""
+    monkeypatch.setattr(grpcserver, "_MAX_CONCURRENT_STREAMS", 10)
+    gc.collect()
+    gc.disable()
+    try:
+        async with serve() as running, dial(running) as channel:
+            stub: Any = JobServiceStub(channel)
+
+            async def watch() -> str:
+                try:
+                    async for _ in stub.WatchJob(WatchJobRequest(job_id=job_id), metadata=IDENTITY, timeout=10):
+                        pass
+                except grpc.aio.AioRpcError as error:
+                    return str(error.details())
+                return "ended"
+
+            seen = set()
+            for _ in range(20):
+                seen.update(await asyncio.gather(*(watch() for _ in range(5))))
+    finally:
+        gc.enable()
+    assert len(seen) == 1
+    assert "RST_STREAM" not in seen.pop()
