@@ -134,7 +134,7 @@ def _held(client: Client) -> int:
     return held
 
 
-async def _seconds_held(client: Client) -> float | None:
+async def seconds_held(client: Client) -> float | None:
     """Until no money is held any more; None: it still is after QUIET_SECONDS."""
     began = time.monotonic()
     while time.monotonic() - began < QUIET_SECONDS:
@@ -144,7 +144,7 @@ async def _seconds_held(client: Client) -> float | None:
     return None
 
 
-def _reservations(started: Running) -> list[str]:
+def reservations(started: Running) -> list[str]:
     """Holds and leases that are open, for the message of a failure."""
     (path,) = started.directory.rglob("ledger.db")
     now = time.time()
@@ -323,8 +323,8 @@ def oracle_kills(context: Context) -> Result:
         ready = started.ready
         asks = _asks(number, (ready.key, _second_tenant(client)))
         outcomes, kills, again = uvloop.run(_loaded(context, started, asks))
-        held_seconds = uvloop.run(_seconds_held(client))
-        reservations = [] if held_seconds is not None else _reservations(started)
+        held_seconds = uvloop.run(seconds_held(client))
+        reserved = [] if held_seconds is not None else reservations(started)
         found = audit(outcomes, provider.read_bill(bill), entries_of(client))
         with failures():
             verdict = client.usage.VerifyLedger(
@@ -360,7 +360,7 @@ def oracle_kills(context: Context) -> Result:
         *verdict.problems,
         *again.refused,
         *found.complaints,
-        *reservations,
+        *reserved,
         f"{found.answered} answered, {left} left, {given_up} gave up; {found.executions} executions",
         f"{again.delivered_count} settlements delivered again; killed {dict(Counter(kills.names))}",
         *(f"{count} x {error}" for error, count in errors.most_common(6)),
