@@ -125,6 +125,8 @@ def partition(context: Context) -> Result:
         and recovery <= _RECOVERY_SECONDS
         and crash_seconds is not None
         and used == _CRASHED_WORTH
+        # Who has time left isn't told that it had none.
+        and Reason.DEADLINE_EXCEEDED.value not in by_money.refused + by_rate.refused
         # Else the load asked for nothing that it couldn't have.
         and Reason.BUDGET_EXHAUSTED.value in by_money.refused
         and Reason.RATE_LIMITED.value in by_rate.refused
