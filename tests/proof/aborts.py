@@ -36,8 +36,8 @@ _TOKENS: Final = 1000
 _HOLD: Final = 1_000_000
 """Nano-dollars that are held for a request; what is cut off costs some hundredths of it."""
 _SLICED_BUDGET: Final = 20_000 * _HOLD
-_SINGLE_BUDGET: Final = 5_000 * _HOLD
-"""Too small for slices at three gateways, so that each request has a hold of its own; and for as many leaked holds as there are requests."""
+_SINGLE_BUDGET: Final = 600 * _HOLD
+"""Less than what slices are kept off (recall factor x gateways x an eighth of a slice), so that each request has a hold of its own."""
 _CONCURRENCY: Final = 150
 _AT_ONCE: Final = 32
 _PER_KILL: Final = 60
