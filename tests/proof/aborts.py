@@ -422,7 +422,7 @@ def disconnects(context: Context) -> Result:
     wrong = [
         f"{rule}, left after chunk {chunk}, operation {operation!r}: {said}"
         for rule, chunk, operation in left
-        for said in (_wrong(rule, chunk, entries.get(operation, [])),)
+        for said in (wrong_entries(rule, chunk, entries.get(operation, [])),)
         if said
     ]
     return Result(
@@ -457,7 +457,7 @@ async def _left(
     return left
 
 
-def _wrong(rule: str, chunk: int, entries: Sequence[usage_service_pb2.LedgerEntry]) -> str:
+def wrong_entries(rule: str, chunk: int, entries: Sequence[usage_service_pb2.LedgerEntry]) -> str:
     """What is wrong with the entries of a stream that was left after `chunk` chunks; empty: nothing."""
     if len(entries) != 1:
         return f"{len(entries)} entries"
