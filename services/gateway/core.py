@@ -43,7 +43,7 @@ from services.gateway.replays import Answered, Replays
 from services.gateway.sharing import Sharing
 from services.gateway.validation import Shape
 from services.runtime.call import Call, Metadata
-from services.runtime.errors import Failure, Reason, deadline_exceeded, invalid
+from services.runtime.errors import Failure, Reason, deadline_exceeded, invalid, unavailable
 from sluice.execution.v1 import execution_service_pb2
 from sluice.inference.v1 import answer_pb2, inference_service_pb2, receipt_pb2
 from sluice.routing.v1 import routing_service_pb2
@@ -809,6 +809,11 @@ class Core:
                 raise
             # It may be made all the same: what is lost is the answer.
             self._around.releases.void_lost(f"hold-{facts.operation_id}")
+            if failure.reason is Reason.DEADLINE_EXCEEDED and self._clock() < deadline:
+                # The caller has time left: it is told who had none.
+                raise unavailable(
+                    "metering", "the budget can't be checked, metering didn't answer in time; retry later"
+                ) from failure
             raise
         except asyncio.CancelledError:
             self._around.releases.void_lost(f"hold-{facts.operation_id}")

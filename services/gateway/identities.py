@@ -15,7 +15,7 @@ from services.gateway.flights import Flights
 from services.gateway.leases import Leases
 from services.gateway.ports import OUTAGES, Authentication, Metering
 from services.gateway.principals import Principal
-from services.runtime.errors import Failure, Reason
+from services.runtime.errors import Failure, Reason, unavailable
 
 _MAX_SECRET: Final = 512
 _CHECKS_AT_ONCE: Final = 16
@@ -84,7 +84,15 @@ class Identities:
         refused_until = self._refused.get(digest)
         if refused_until is not None and self._clock() < refused_until:
             raise _invalid_key()
-        return await self._flights.run(digest, lambda: self._ask(digest, min(timeout, self._call_seconds)), timeout)
+        try:
+            return await self._flights.run(digest, lambda: self._ask(digest, min(timeout, self._call_seconds)), timeout)
+        except Failure as failure:
+            if failure.reason is Reason.DEADLINE_EXCEEDED:
+                # It is metering's time that passed, not the caller's.
+                raise unavailable(
+                    "metering", "the key can't be checked, metering didn't answer in time; retry later"
+                ) from failure
+            raise
 
     def revoke(self, digest: bytes, principal: Principal | None) -> None:
         """The key was revoked, or with `principal` changed. Holds for calls from now on."""

@@ -425,7 +425,15 @@ class Leases:
         raise unavailable("metering", "the lease ran out while it was renewed; retry")
 
     async def _refill(self, lease: Lease, needed_money: int, timeout: float) -> None:
-        await self._refills.run(lease.name, lambda: self._ask(lease, needed_money, min(timeout, self._call_seconds)), timeout)
+        try:
+            await self._refills.run(
+                lease.name, lambda: self._ask(lease, needed_money, min(timeout, self._call_seconds)), timeout
+            )
+        except Failure as failure:
+            if failure.reason is Reason.DEADLINE_EXCEEDED:
+                # Of who waits for another's call, too, it is metering's time that passed.
+                raise unavailable("metering", "metering didn't answer in time; retry later") from failure
+            raise
 
     async def _ask(self, lease: Lease, needed_money: int, timeout: float) -> None:
         now = self._clock()

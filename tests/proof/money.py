@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.proof import budget, oracle, retries, tampering
+from tests.proof import aborts, budget, events, oracle, partition, retries, tampering
 from tests.proof.registry import Scenario
 
+_ADDS_UP: Final = "events in any order, repeated, by several posters at once: each counted once, and every sum exact"
 _FINDS: Final = "`ledger verify` finds a changed byte, a removed row, swapped rows, and against a kept head a cut tail"
 
 SCENARIOS: Final = (
@@ -32,4 +33,21 @@ SCENARIOS: Final = (
         "callers that break off, mid-stream too, and ask again with their key cause one provider call and one charge each",
         retries.client_retries,
     ),
+    Scenario(
+        "money.aborts",
+        "requests that are cancelled, left, failed, late or killed leave nothing held, and cause no refusal",
+        aborts.aborts,
+    ),
+    Scenario(
+        "money.disconnects",
+        "a stream that is left after any of its chunks is charged once, by the rule of its provider",
+        aborts.disconnects,
+    ),
+    Scenario(
+        "money.partition",
+        "while metering stands still nobody gets more than was leased, and what crashed gateways had leased comes back",
+        partition.partition,
+    ),
+    Scenario("money.ledger_events_sqlite", f"{_ADDS_UP}, on SQLite", events.on_sqlite),
+    Scenario("money.ledger_events_postgres", f"{_ADDS_UP}, on PostgreSQL", events.on_postgres),
 )

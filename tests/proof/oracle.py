@@ -118,33 +118,33 @@ def _second_tenant(client: Client) -> str:
     return str(made.secret)
 
 
-def _held(client: Client) -> int:
+def held(client: Client) -> int:
     """Nano-dollars held at all accounts of all tenants."""
-    held = 0
+    amount = 0
     tenancy, admin = client.tenancy, client.as_admin
     for page in pages(tenancy.ListTenants, tenancy_service_pb2.ListTenantsRequest(), admin, _CALL_SECONDS):
         for tenant in page.tenants:
-            held += tenant.balance.held_nano_usd
+            amount += tenant.balance.held_nano_usd
             projects = tenancy_service_pb2.ListProjectsRequest(tenant_id=tenant.id)
             keys = tenancy_service_pb2.ListKeysRequest(tenant_id=tenant.id)
             for some in pages(tenancy.ListProjects, projects, admin, _CALL_SECONDS):
-                held += sum(project.balance.held_nano_usd for project in some.projects)
+                amount += sum(project.balance.held_nano_usd for project in some.projects)
             for few in pages(tenancy.ListKeys, keys, admin, _CALL_SECONDS):
-                held += sum(key.balance.held_nano_usd for key in few.keys)
-    return held
+                amount += sum(key.balance.held_nano_usd for key in few.keys)
+    return amount
 
 
-async def _seconds_held(client: Client) -> float | None:
+async def seconds_held(client: Client) -> float | None:
     """Until no money is held any more; None: it still is after QUIET_SECONDS."""
     began = time.monotonic()
     while time.monotonic() - began < QUIET_SECONDS:
-        if not await asyncio.to_thread(_held, client):
+        if not await asyncio.to_thread(held, client):
             return time.monotonic() - began
         await asyncio.sleep(0.5)
     return None
 
 
-def _reservations(started: Running) -> list[str]:
+def reservations(started: Running) -> list[str]:
     """Holds and leases that are open, for the message of a failure."""
     (path,) = started.directory.rglob("ledger.db")
     now = time.time()
@@ -323,8 +323,8 @@ def oracle_kills(context: Context) -> Result:
         ready = started.ready
         asks = _asks(number, (ready.key, _second_tenant(client)))
         outcomes, kills, again = uvloop.run(_loaded(context, started, asks))
-        held_seconds = uvloop.run(_seconds_held(client))
-        reservations = [] if held_seconds is not None else _reservations(started)
+        held_seconds = uvloop.run(seconds_held(client))
+        reserved = [] if held_seconds is not None else reservations(started)
         found = audit(outcomes, provider.read_bill(bill), entries_of(client))
         with failures():
             verdict = client.usage.VerifyLedger(
@@ -360,7 +360,7 @@ def oracle_kills(context: Context) -> Result:
         *verdict.problems,
         *again.refused,
         *found.complaints,
-        *reservations,
+        *reserved,
         f"{found.answered} answered, {left} left, {given_up} gave up; {found.executions} executions",
         f"{again.delivered_count} settlements delivered again; killed {dict(Counter(kills.names))}",
         *(f"{count} x {error}" for error, count in errors.most_common(6)),

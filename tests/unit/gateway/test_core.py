@@ -496,6 +496,16 @@ async def test_a_hold_whose_answer_was_lost_is_freed_and_one_that_was_refused_is
     assert len(world.metering.asked("VoidHold")) == 1
 
 
+@pytest.mark.parametrize(("seconds", "reason"), [(10.0, Reason.DEPENDENCY_UNAVAILABLE), (0.05, Reason.DEADLINE_EXCEEDED)])
+async def test_who_has_time_left_is_told_that_metering_had_none_for_its_hold(seconds: float, reason: Reason) -> None:
+    world = _with_holds_of_their_own()
+    world.metering.delays["Hold"] = 30.0
+    world.core._limits = dataclasses.replace(world.core._limits, lease=0.1)
+    failure = await refused(world.generate(seconds=seconds))
+    assert failure.reason is reason
+    assert not world.execution.calls
+
+
 async def test_a_hold_whose_caller_left_before_its_answer_came_is_freed() -> None:
     world = _with_holds_of_their_own()
     world.metering.delays["Hold"] = 0.05

@@ -40,6 +40,14 @@ async def test_many_at_once_ask_once() -> None:
     assert len(world.metering.asked("Authenticate")) == 1
 
 
+async def test_while_metering_does_not_answer_keys_that_are_not_known_cannot_be_checked() -> None:
+    world = World()
+    world.metering.delays["Authenticate"] = 30.0
+    # The first asks, the others wait for its answer.
+    asked = await asyncio.gather(*(world.identities.authenticate(SECRET, 0.1) for _ in range(3)), return_exceptions=True)
+    assert [one.reason for one in asked if isinstance(one, Failure)] == [Reason.DEPENDENCY_UNAVAILABLE] * 3
+
+
 @pytest.mark.parametrize("secret", [None, ""])
 async def test_no_key(secret: str | None) -> None:
     assert await reason_of(World(), secret) is Reason.KEY_MISSING

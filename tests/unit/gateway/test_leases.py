@@ -240,6 +240,18 @@ async def test_an_outage_inside_the_lease_is_not_felt_and_after_it_is_unavailabl
         assert caught.value.reason is Reason.DEPENDENCY_UNAVAILABLE
 
 
+async def test_who_waits_for_anothers_call_to_a_hanging_metering_is_told_that_it_is_unavailable() -> None:
+    world = World()
+    world.metering.delays["AcquireLease"] = 30.0
+    first = asyncio.create_task(world.leases.admit_waiting("acme", "key-1", 1, 1.0))
+    await eventually(lambda: world.metering.asked("AcquireLease"))
+    with pytest.raises(Failure) as caught:
+        await world.leases.admit_waiting("acme", "key-1", 1, 0.02)
+    assert caught.value.reason is Reason.DEPENDENCY_UNAVAILABLE
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+
+
 async def test_a_hanging_metering_costs_its_budget_once_a_second() -> None:
     world = World()
     world.metering.delays["AcquireLease"] = 30.0
