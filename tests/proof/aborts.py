@@ -37,7 +37,7 @@ _HOLD: Final = 1_000_000
 """Nano-dollars that are held for a request; what is cut off costs some hundredths of it."""
 _SLICED_BUDGET: Final = 20_000 * _HOLD
 _SINGLE_BUDGET: Final = 600 * _HOLD
-"""Less than what slices are kept off (recall factor x gateways x an eighth of a slice), so that each request has a hold of its own."""
+"""Less than what slices are kept off (recall factor x gateways x an eighth of a slice), so that most requests have holds of their own."""
 _CONCURRENCY: Final = 150
 _AT_ONCE: Final = 32
 _PER_KILL: Final = 60
@@ -257,9 +257,15 @@ class _Aborters:
         loop = asyncio.get_running_loop()
         ends = loop.time() + _RECOVERY_SECONDS
         while loop.time() < ends:
-            with contextlib.suppress(Failure):
+            try:
                 if started.ready.pids.get("execution") not in (None, pid) and not await self.answered():
                     return
+            except _RefusedError as error:
+                seen.refused[f"after a kill: {error}"] += 1
+                return
+            except Failure:
+                # The ready file is being written.
+                pass
             await asyncio.sleep(0.2)
         raise AssertionError(f"the executor does not answer {_RECOVERY_SECONDS:g} s after its kill")
 
