@@ -298,7 +298,12 @@ def moment(text: str, option: str) -> Timestamp:
     return found
 
 
-def usage(
+usage = typer.Typer(help="What was used and what it cost, out of the ledger.")
+
+
+@usage.callback(invoke_without_command=True)
+def summed(
+    context: typer.Context,
     by: Annotated[list[str] | None, typer.Option(help=f"Group by: {', '.join(_DIMENSIONS)}; repeat for more.")] = None,
     tenant: Annotated[str, typer.Option(help="Only this tenant; all when empty.")] = "",
     project: Annotated[str, typer.Option(help="Only this project; all when empty.")] = "",
@@ -319,6 +324,8 @@ def usage(
 
     Examples: `sluice usage --by tenant --by task-type`, `sluice usage --by day --provider openai --start 2026-11-01 --end 2026-12-01`.
     """
+    if context.invoked_subcommand is not None:
+        return
     grouped = by or ["model"]
     for name in grouped:
         if name not in _DIMENSIONS:

@@ -159,6 +159,9 @@ class Store(Protocol):
         Those of an operation are found by their attempt ids, which are `<operation>/...`.
         """
 
+    async def journal(self, wanted: UsageFilter, after: int, limit: int) -> list[Posted]:
+        """Journal rows, oldest first, those with a sequence above `after`."""
+
     async def head(self) -> Head:
         """The last entry's place and hash."""
 

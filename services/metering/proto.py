@@ -416,6 +416,13 @@ def entry_to_proto(posted: Posted) -> usage_service_pb2.LedgerEntry:
         start_time=timestamp(entry.start_micros / 1e6),
         post_time=timestamp(entry.post_micros / 1e6),
         outcome=entry.outcome,  # type: ignore[arg-type]  # stored as it came
+        tenant_id=entry.tenant_id,
+        project_id=entry.project_id,
+        provider=entry.provider,
+        task_type=entry.task_type,  # type: ignore[arg-type]  # stored as it came
+        saved_nano_usd=entry.saved,
+        cache_status=entry.cache_status,  # type: ignore[arg-type]  # stored as it came
+        attempt_number=entry.attempt_number,
         flags=[flag for flag in entry.flags.split(",") if flag],
     )
 

@@ -108,7 +108,29 @@ class UsageServicer:
         """See the proto."""
         size, before = page_size(request.page_size), _offset(request.page_token)
         tenant = await self._tenant(call, request.tenant_id)
+        if request.oldest_first:
+            return await self._oldest_first(request, tenant, size, before)
+        for field in ("start_time", "end_time"):
+            if request.HasField(field):
+                raise invalid(field, "goes with oldest_first only")
         found = await self._store.entries(tenant, request.operation_id, before or None, size + 1)
+        return pb2.ListEntriesResponse(
+            entries=[entry_to_proto(posted) for posted in found[:size]],
+            next_page_token=str(found[size - 1].sequence) if len(found) > size else "",
+        )
+
+    async def _oldest_first(
+        self, request: pb2.ListEntriesRequest, tenant_id: str, size: int, after: int
+    ) -> pb2.ListEntriesResponse:
+        if request.operation_id:
+            raise invalid("operation_id", "must be empty with oldest_first")
+        _check_text(tenant_id, "tenant_id")
+        wanted = UsageFilter(
+            tenant_id,
+            start=micros_of(request.start_time, "start_time") / 1e6 if request.HasField("start_time") else None,
+            end=micros_of(request.end_time, "end_time") / 1e6 if request.HasField("end_time") else None,
+        )
+        found = await self._store.journal(wanted, after, size + 1)
         return pb2.ListEntriesResponse(
             entries=[entry_to_proto(posted) for posted in found[:size]],
             next_page_token=str(found[size - 1].sequence) if len(found) > size else "",

@@ -584,6 +584,22 @@ class PostgresStore:
 
         return await self._reported(read)
 
+    async def journal(self, wanted: UsageFilter, after: int, limit: int) -> list[Posted]:
+        """See Store."""
+        where, values = _usage_where(wanted, [], ())
+        place = f"{where} AND" if where else "WHERE"
+        columns = ", ".join(Entry._fields)
+        statement = (
+            f"SELECT sequence, {columns} FROM journal {place} sequence > ${len(values) + 1}::bigint "
+            f"ORDER BY sequence LIMIT ${len(values) + 2}::bigint"
+        )
+
+        async def read(c: AsyncConnection) -> list[Posted]:
+            rows = (await c.exec_driver_sql(statement, (*values, after, limit))).all()
+            return [Posted(row[0], Entry._make(row[1:])) for row in rows]
+
+        return await self._reported(read)
+
     async def head(self) -> Head:
         """See Store."""
         return await self._found(_head)

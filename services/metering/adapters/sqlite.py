@@ -772,6 +772,16 @@ class SqliteStore:
             lambda c: [Posted(row[0], Entry(*row[1:])) for row in c.execute(statement, (*values, limit))]
         )
 
+    async def journal(self, wanted: UsageFilter, after: int, limit: int) -> list[Posted]:
+        """See Store."""
+        where, values = _usage_where(wanted, [], ())
+        place = f"{where} AND sequence > ?" if where else "WHERE sequence > ?"
+        # By the rows' own order: an index would sort all that a tenant has, for every page of it.
+        statement = f"SELECT sequence, {_ENTRY_COLUMNS} FROM journal NOT INDEXED {place} ORDER BY sequence LIMIT ?"
+        return await self._reported(
+            lambda c: [Posted(row[0], Entry(*row[1:])) for row in c.execute(statement, (*values, after, limit))]
+        )
+
     async def head(self) -> Head:
         """See Store."""
         return await self._found(_head)

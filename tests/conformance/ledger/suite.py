@@ -18,7 +18,7 @@ import pytest
 from services.metering.accounts import Balance, Key, Limits, ModelLimits, Payer, Project, Tenant
 from services.metering.errors import BudgetExhausted, Exists, NotFound
 from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, HoldState, PostState, Replica
-from services.metering.ports import Store, UsageFilter
+from services.metering.ports import Posted, Store, UsageFilter
 from tests.conformance.ledger.examples import ACME, HOLDER, HOUR, NOW, PAYER, key, settlement
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -729,6 +729,23 @@ class LedgerSuite:
             after = page[-1].group
         assert found == whole
         assert sum(row.cost for row in found) == sum(one.entry.amount for one in made)
+
+    async def test_the_journal_is_read_on_from_a_sequence(self, store: Store) -> None:
+        other = Payer("brite", "default", "key-9")
+        await store.post(
+            [
+                settlement(
+                    f"op-{number}/1", amount=number, payer=other if number % 3 == 0 else PAYER, start_micros=number * 10**6
+                )
+                for number in range(1, 21)
+            ]
+        )
+        found: list[Posted] = []
+        while page := await store.journal(UsageFilter(), found[-1].sequence if found else 0, 6):
+            found += page
+        assert found == list(reversed(await store.entries("", "", None, 100)))
+        assert [one.entry.amount for one in await store.journal(UsageFilter("brite", start=6.0, end=15.0), 0, 10)] == [6, 9, 12]
+        assert [one.entry.amount for one in await store.journal(UsageFilter("brite"), 9, 2)] == [12, 15]
 
     async def test_what_is_posted_between_pages_neither_repeats_nor_hides_a_group(self, store: Store) -> None:
         await store.post([settlement(f"op-{number}/1", amount=1, model=f"m/{number}") for number in (2, 4, 6, 8)])

@@ -216,6 +216,35 @@ async def test_entries_come_newest_first_in_pages(store: Store, usage: UsageServ
     assert (entry.attempt_id, entry.amount_nano_usd, entry.debit_account) == ("op-4/1", 4, "key/key-1")
 
 
+async def test_entries_of_a_time_come_oldest_first_in_pages(store: Store, usage: UsageServicer) -> None:
+    as_acme = await tenants(store)
+    second = 1_000_000
+    await store.post([settlement(f"op-{number}/1", amount=number, start_micros=number * second) for number in range(1, 8)])
+    await store.post([settlement("op-x/1", amount=99, payer=BRITE, start_micros=3 * second)])
+    request = pb2.ListEntriesRequest(
+        page_size=2, oldest_first=True, start_time=Timestamp(seconds=2), end_time=Timestamp(seconds=7)
+    )
+    pages = []
+    while True:
+        page = await usage.ListEntries(request, as_acme)
+        pages.append([entry.amount_nano_usd for entry in page.entries])
+        request.page_token = page.next_page_token
+        if not page.next_page_token:
+            break
+        await store.post([settlement(f"op-{len(pages)}00/1", amount=len(pages) * 100, start_micros=5 * second)])
+    assert pages == [[2, 3], [4, 5], [6, 100], [200, 300]]
+    first = (await usage.ListEntries(pb2.ListEntriesRequest(oldest_first=True, page_size=1), AS_ADMIN)).entries[0]
+    assert (first.tenant_id, first.project_id, first.provider, first.attempt_number) == (ACME, "default", "a", 1)
+    for field, wrong in (
+        ("operation_id", pb2.ListEntriesRequest(oldest_first=True, operation_id="op-1")),
+        ("start_time", pb2.ListEntriesRequest(start_time=Timestamp(seconds=2))),
+        ("end_time", pb2.ListEntriesRequest(end_time=Timestamp(seconds=2))),
+        ("end_time", pb2.ListEntriesRequest(oldest_first=True, end_time=Timestamp(nanos=-1))),
+    ):
+        with refused_field(field):
+            await usage.ListEntries(wrong, AS_ADMIN)
+
+
 async def test_a_key_sees_its_own_tenant_only(store: Store, usage: UsageServicer) -> None:
     as_acme = await tenants(store)
     await store.post([settlement("op-1/1", amount=5), settlement("op-2/1", amount=7, payer=BRITE)])

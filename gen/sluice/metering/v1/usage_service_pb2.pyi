@@ -249,6 +249,9 @@ class ListEntriesRequest(_message.Message):
     OPERATION_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    OLDEST_FIRST_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """Tenant; empty: all, admin only."""
     operation_id: _builtins.str
@@ -256,7 +259,17 @@ class ListEntriesRequest(_message.Message):
     page_size: _builtins.int
     """1 to 1,000. 0: 100."""
     page_token: _builtins.str
-    """From the previous page; empty for the first."""
+    """From the previous page, of the same order; empty for the first."""
+    oldest_first: _builtins.bool
+    """Oldest first, for an export: what is posted meanwhile comes at the end. `operation_id` must be empty then."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Only attempts that began at this moment or later; absent: from the first. Only with `oldest_first`."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only attempts that began before this moment; absent: to the last. Only with `oldest_first`."""
+
     def __init__(
         self,
         *,
@@ -264,10 +277,13 @@ class ListEntriesRequest(_message.Message):
         operation_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        oldest_first: _builtins.bool = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation_id", b"operation_id", "page_size", b"page_size", "page_token", b"page_token", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "oldest_first", b"oldest_first", "operation_id", b"operation_id", "page_size", b"page_size", "page_token", b"page_token", "start_time", b"start_time", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,6 +338,13 @@ class LedgerEntry(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     FLAGS_FIELD_NUMBER: _builtins.int
     OBSERVED_USAGE_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    TASK_TYPE_FIELD_NUMBER: _builtins.int
+    SAVED_NANO_USD_FIELD_NUMBER: _builtins.int
+    CACHE_STATUS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_NUMBER_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Place in the journal, from 1, without gaps."""
     attempt_id: _builtins.str
@@ -342,6 +365,20 @@ class LedgerEntry(_message.Message):
     """Price that it was charged by."""
     outcome: _receipt_pb2.AttemptOutcome.ValueType
     """How the attempt ended."""
+    tenant_id: _builtins.str
+    """Tenant that the request was of."""
+    project_id: _builtins.str
+    """Its project."""
+    provider: _builtins.str
+    """Provider that was asked."""
+    task_type: _receipt_pb2.TaskType.ValueType
+    """Kind of task."""
+    saved_nano_usd: _builtins.int
+    """Saved by the cache, nano-dollars."""
+    cache_status: _receipt_pb2.CacheStatus.ValueType
+    """The hit of the cache that this is; unspecified: it is an attempt."""
+    attempt_number: _builtins.int
+    """Number of the attempt within its operation, from 1."""
     @_builtins.property
     def usage(self) -> _answer_pb2.Usage:
         """Usage as billed."""
@@ -384,10 +421,17 @@ class LedgerEntry(_message.Message):
         outcome: _receipt_pb2.AttemptOutcome.ValueType = ...,
         flags: _abc.Iterable[_builtins.str] | None = ...,
         observed_usage: _answer_pb2.Usage | None = ...,
+        tenant_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        provider: _builtins.str = ...,
+        task_type: _receipt_pb2.TaskType.ValueType = ...,
+        saved_nano_usd: _builtins.int = ...,
+        cache_status: _receipt_pb2.CacheStatus.ValueType = ...,
+        attempt_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["observed_usage", b"observed_usage", "post_time", b"post_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nano_usd", b"amount_nano_usd", "attempt_id", b"attempt_id", "credit_account", b"credit_account", "debit_account", b"debit_account", "flags", b"flags", "key_id", b"key_id", "model", b"model", "observed_usage", b"observed_usage", "operation_id", b"operation_id", "outcome", b"outcome", "post_time", b"post_time", "price_version", b"price_version", "sequence", b"sequence", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nano_usd", b"amount_nano_usd", "attempt_id", b"attempt_id", "attempt_number", b"attempt_number", "cache_status", b"cache_status", "credit_account", b"credit_account", "debit_account", b"debit_account", "flags", b"flags", "key_id", b"key_id", "model", b"model", "observed_usage", b"observed_usage", "operation_id", b"operation_id", "outcome", b"outcome", "post_time", b"post_time", "price_version", b"price_version", "project_id", b"project_id", "provider", b"provider", "saved_nano_usd", b"saved_nano_usd", "sequence", b"sequence", "start_time", b"start_time", "task_type", b"task_type", "tenant_id", b"tenant_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

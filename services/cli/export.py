@@ -1,0 +1,158 @@
+"""`sluice usage export`: entries of the journal as a file, a page in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final, TextIO
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from services.cli.accounts import moment
+from services.cli.client import failures, pages
+from services.cli.session import Session, StateDirOption, TimeoutOption
+from services.runtime.errors import invalid
+from sluice.inference.v1 import answer_pb2, receipt_pb2
+from sluice.metering.v1 import usage_service_pb2 as usage_pb2
+
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+"""What a spreadsheet takes for the beginning of a formula."""
+FORMATS: Final = ("csv", "jsonl")
+
+
+def _name(enum: Any, number: int, prefix: str) -> str:
+    """A newer server's value, which has no name here, stays a number."""
+    return enum.Name(number).removeprefix(prefix).lower() if number in enum.values() else str(number)
+
+
+def row_of(entry: usage_pb2.LedgerEntry) -> dict[str, str | int]:
+    """Columns of an entry: amounts in nano-dollars, moments as ISO 8601 in UTC, enums by name."""
+    usage = entry.usage
+    return {
+        "sequence": entry.sequence,
+        "attempt_id": entry.attempt_id,
+        "operation_id": entry.operation_id,
+        "start_time": entry.start_time.ToJsonString(),
+        "post_time": entry.post_time.ToJsonString(),
+        "tenant_id": entry.tenant_id,
+        "project_id": entry.project_id,
+        "key_id": entry.key_id,
+        "model": entry.model,
+        "provider": entry.provider,
+        "task_type": _name(receipt_pb2.TaskType, entry.task_type, "TASK_TYPE_"),
+        "outcome": _name(receipt_pb2.AttemptOutcome, entry.outcome, "ATTEMPT_OUTCOME_"),
+        "cache_status": _name(receipt_pb2.CacheStatus, entry.cache_status, "CACHE_STATUS_"),
+        "attempt_number": entry.attempt_number,
+        "debit_account": entry.debit_account,
+        "credit_account": entry.credit_account,
+        "amount_nano_usd": entry.amount_nano_usd,
+        "saved_nano_usd": entry.saved_nano_usd,
+        "input_token_count": usage.input_token_count,
+        "cached_input_token_count": usage.cached_input_token_count,
+        "cache_write_token_count": usage.cache_write_token_count,
+        "output_token_count": usage.output_token_count,
+        "reasoning_token_count": usage.reasoning_token_count,
+        "image_count": usage.image_count,
+        "usage_source": _name(answer_pb2.UsageSource, usage.source, "USAGE_SOURCE_"),
+        "price_version": entry.price_version,
+        "flags": ",".join(entry.flags),
+    }
+
+
+def neutral(cell: str | int) -> str | int:
+    """A cell that no spreadsheet runs: a text that begins as a formula does gets an apostrophe before it. Numbers stay."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+
+def _csv_writer(file: TextIO) -> Callable[[dict[str, str | int]], None]:
+    writer = csv.writer(file)
+    writer.writerow(row_of(usage_pb2.LedgerEntry()))
+
+    def write(row: dict[str, str | int]) -> None:
+        writer.writerow([neutral(cell) for cell in row.values()])
+
+    return write
+
+
+def writer_of(kind: str, file: TextIO) -> Callable[[dict[str, str | int]], None]:
+    """What writes a row into `file`. `kind` is of FORMATS."""
+    if kind == "csv":
+        return _csv_writer(file)
+
+    def write(row: dict[str, str | int]) -> None:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    return write
+
+
+@contextlib.contextmanager
+def whole(target: str) -> Iterator[TextIO]:
+    """A file that has the name `target` once it is whole and on the disk; `-` is standard output. What failed leaves nothing behind."""
+    if target == "-":
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    path = Path(target)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as error:
+        raise invalid("--output", f"{target!r} can't be written: {error.strerror}") from None
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            Path(temporary).replace(path)
+        except OSError as error:
+            raise invalid("--output", f"{target!r} can't be written: {error.strerror}") from None
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def command(
+    output: Annotated[str, typer.Option("--output", "-o", help="File to write, `-` for standard output.", metavar="FILE")],
+    kind: Annotated[str, typer.Option("--format", help=f"{' or '.join(FORMATS)}.")] = "csv",
+    tenant: Annotated[str, typer.Option(help="Only this tenant; all when empty.")] = "",
+    start: Annotated[str, typer.Option(help="Attempts from this moment on, say 2026-11-01; from the first when empty.")] = "",
+    end: Annotated[str, typer.Option(help="Attempts before this moment; now when empty.")] = "",
+    state_dir: StateDirOption = None,
+    timeout: TimeoutOption = 60.0,
+) -> None:
+    """Writes the journal's entries of a time, oldest first, one a line.
+
+    Amounts are whole nano-dollars. In CSV a text that a spreadsheet would run as a formula has an apostrophe before it.
+
+    Example: `sluice usage export --format csv --start 2026-11-01 --end 2026-12-01 --output november.csv`.
+    """
+    if kind not in FORMATS:
+        raise invalid("--format", f"{kind!r} is not one of {', '.join(FORMATS)}")
+    first = moment(start, "--start") if start else None
+    # Fixed, so that an export under load ends.
+    last = moment(end or datetime.datetime.now(datetime.UTC).isoformat(), "--end")
+    request = usage_pb2.ListEntriesRequest(tenant_id=tenant, oldest_first=True, start_time=first, end_time=last)
+    columns: tuple[Any, ...] = (TextColumn("exporting"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Session(state_dir, timeout) as session:
+        client = session.client
+        with failures():
+            head = client.usage.GetLedgerHead(usage_pb2.GetLedgerHeadRequest(), timeout=timeout, metadata=client.as_admin).head
+        with (
+            whole(output) as file,
+            Progress(*columns, console=session.errors, transient=True, disable=not session.errors.is_terminal) as progress,
+        ):
+            task = progress.add_task("", total=head.sequence)
+            write = writer_of(kind, file)
+            for page in pages(client.usage.ListEntries, request, client.as_admin, timeout):
+                for entry in page.entries:
+                    write(row_of(entry))
+                if page.entries:
+                    progress.update(task, completed=page.entries[-1].sequence)
