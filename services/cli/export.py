@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import importlib
+import io
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, TextIO
+from typing import Annotated, Any, BinaryIO, Final, TextIO
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -25,7 +27,8 @@ from sluice.metering.v1 import usage_service_pb2 as usage_pb2
 
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
 """What a spreadsheet takes for the beginning of a formula."""
-FORMATS: Final = ("csv", "jsonl")
+_GROUP_ROWS: Final = 10_000
+"""Rows in memory, and in a row group of Parquet."""
 
 
 def _name(enum: Any, number: int, prefix: str) -> str:
@@ -72,33 +75,79 @@ def neutral(cell: str | int) -> str | int:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
 
 
-def _csv_writer(file: TextIO) -> Callable[[dict[str, str | int]], None]:
-    writer = csv.writer(file)
-    writer.writerow(row_of(usage_pb2.LedgerEntry()))
-
-    def write(row: dict[str, str | int]) -> None:
-        writer.writerow([neutral(cell) for cell in row.values()])
-
-    return write
-
-
-def writer_of(kind: str, file: TextIO) -> Callable[[dict[str, str | int]], None]:
-    """What writes a row into `file`. `kind` is of FORMATS."""
-    if kind == "csv":
-        return _csv_writer(file)
-
-    def write(row: dict[str, str | int]) -> None:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    return write
+Row = dict[str, str | int]
+Write = Callable[[Row], object]
 
 
 @contextlib.contextmanager
-def whole(target: str) -> Iterator[TextIO]:
+def _text(file: BinaryIO) -> Iterator[TextIO]:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    try:
+        yield text
+        text.flush()
+    finally:
+        # The file is its owner's to close.
+        text.detach()
+
+
+@contextlib.contextmanager
+def _csv(file: BinaryIO) -> Iterator[Write]:
+    with _text(file) as text:
+        writer = csv.writer(text)
+        writer.writerow(row_of(usage_pb2.LedgerEntry()))
+        yield lambda row: writer.writerow([neutral(cell) for cell in row.values()])
+
+
+@contextlib.contextmanager
+def _jsonl(file: BinaryIO) -> Iterator[Write]:
+    with _text(file) as text:
+        yield lambda row: text.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _parquet(file: BinaryIO) -> Iterator[Write]:
+    arrow, parquet = _arrow()
+    types = {str: arrow.string(), int: arrow.int64()}
+    schema = arrow.schema([(name, types[type(value)]) for name, value in row_of(usage_pb2.LedgerEntry()).items()])
+    rows: list[Row] = []
+    with parquet.ParquetWriter(file, schema) as writer:
+
+        def write(row: Row) -> None:
+            rows.append(row)
+            if len(rows) == _GROUP_ROWS:
+                writer.write_table(arrow.Table.from_pylist(rows, schema))
+                rows.clear()
+
+        yield write
+        if rows:
+            writer.write_table(arrow.Table.from_pylist(rows, schema))
+
+
+def _arrow() -> tuple[Any, Any]:
+    """Raises Failure (REQUEST_INVALID) where the library isn't installed."""
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise invalid(
+            "--format", "parquet needs pyarrow; install Sluice with its extra `parquet`, or pyarrow beside it"
+        ) from None
+
+
+_WRITERS: Final = {"csv": _csv, "jsonl": _jsonl, "parquet": _parquet}
+FORMATS: Final = tuple(_WRITERS)
+
+
+def writer_of(kind: str, file: BinaryIO) -> contextlib.AbstractContextManager[Write]:
+    """What writes rows into `file`, which is complete at its end. `kind` is of FORMATS. Raises Failure (REQUEST_INVALID)."""
+    return _WRITERS[kind](file)
+
+
+@contextlib.contextmanager
+def whole(target: str) -> Iterator[BinaryIO]:
     """A file that has the name `target` once it is whole and on the disk; `-` is standard output. What failed leaves nothing behind."""
     if target == "-":
-        yield sys.stdout
-        sys.stdout.flush()
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
         return
     path = Path(target)
     try:
@@ -106,7 +155,7 @@ def whole(target: str) -> Iterator[TextIO]:
     except OSError as error:
         raise invalid("--output", f"{target!r} can't be written: {error.strerror}") from None
     try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:
+        with open(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -121,14 +170,14 @@ def whole(target: str) -> Iterator[TextIO]:
 
 def command(
     output: Annotated[str, typer.Option("--output", "-o", help="File to write, `-` for standard output.", metavar="FILE")],
-    kind: Annotated[str, typer.Option("--format", help=f"{' or '.join(FORMATS)}.")] = "csv",
+    kind: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS)}.")] = "csv",
     tenant: Annotated[str, typer.Option(help="Only this tenant; all when empty.")] = "",
     start: Annotated[str, typer.Option(help="Attempts from this moment on, say 2026-11-01; from the first when empty.")] = "",
     end: Annotated[str, typer.Option(help="Attempts before this moment; now when empty.")] = "",
     state_dir: StateDirOption = None,
     timeout: TimeoutOption = 60.0,
 ) -> None:
-    """Writes the journal's entries of a time, oldest first, one a line.
+    """Writes the journal's entries of a time, oldest first, one a row. Parquet needs the extra `parquet`.
 
     Amounts are whole nano-dollars. In CSV a text that a spreadsheet would run as a formula has an apostrophe before it.
 
@@ -148,9 +197,10 @@ def command(
         with (
             whole(output) as file,
             Progress(*columns, console=session.errors, transient=True, disable=not session.errors.is_terminal) as progress,
+            contextlib.ExitStack() as stack,
         ):
             task = progress.add_task("", total=head.sequence)
-            write = writer_of(kind, file)
+            write = stack.enter_context(writer_of(kind, file))
             for page in pages(client.usage.ListEntries, request, client.as_admin, timeout):
                 for entry in page.entries:
                     write(row_of(entry))
