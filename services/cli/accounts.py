@@ -14,6 +14,7 @@ from services.cli.client import Client, failures, pages
 from services.cli.rendering import NANO, money, print_json, print_table
 from services.cli.session import JsonOption, Session, StateDirOption, TimeoutOption
 from services.runtime.errors import invalid
+from sluice.inference.v1 import receipt_pb2
 from sluice.metering.v1 import tenancy_service_pb2 as tenancy_pb2
 from sluice.metering.v1 import usage_service_pb2 as usage_pb2
 
@@ -277,28 +278,78 @@ _DIMENSIONS = {
     "task-type": usage_pb2.USAGE_DIMENSION_TASK_TYPE,
     "hour": usage_pb2.USAGE_DIMENSION_HOUR,
     "day": usage_pb2.USAGE_DIMENSION_DAY,
+    "provider": usage_pb2.USAGE_DIMENSION_PROVIDER,
 }
+_TASK_TYPES = {name.removeprefix("TASK_TYPE_").lower(): number for name, number in receipt_pb2.TaskType.items()}
 
 
-def usage(
+_ANY_TASK = "unspecified"
+_TASK_NAMES = ", ".join(name for name in _TASK_TYPES if name != _ANY_TASK)
+
+
+def moment(text: str, option: str) -> Timestamp:
+    """A moment in ISO 8601, say `2026-11-23` or `2026-11-23T17:00:00Z`; UTC unless it says otherwise. Raises Failure (REQUEST_INVALID)."""
+    found = Timestamp()
+    try:
+        parsed = datetime.datetime.fromisoformat(text)
+        found.FromDatetime(parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.UTC))
+    except (ValueError, OverflowError):
+        raise invalid(option, f"{text!r} is no moment; give one as 2026-11-23 or 2026-11-23T17:00:00Z") from None
+    return found
+
+
+usage = typer.Typer(help="What was used and what it cost, out of the ledger.")
+
+
+@usage.callback(invoke_without_command=True)
+def summed(
+    context: typer.Context,
     by: Annotated[list[str] | None, typer.Option(help=f"Group by: {', '.join(_DIMENSIONS)}; repeat for more.")] = None,
     tenant: Annotated[str, typer.Option(help="Only this tenant; all when empty.")] = "",
-    days: Annotated[float, typer.Option(help="How far back.", min=0)] = 30.0,
+    project: Annotated[str, typer.Option(help="Only this project; all when empty.")] = "",
+    key: Annotated[str, typer.Option(help="Only the key with this id; all when empty.")] = "",
+    model: Annotated[str, typer.Option(help="Only this model; all when empty.")] = "",
+    provider: Annotated[str, typer.Option(help="Only this provider; all when empty.")] = "",
+    task_type: Annotated[str, typer.Option(help=f"Only this task type: {_TASK_NAMES}; all when empty.")] = "",
+    days: Annotated[float, typer.Option(help="How far back, unless --start is given.", min=0)] = 30.0,
+    start: Annotated[str, typer.Option(help="First moment, UTC, say 2026-11-23 or 2026-11-23T17:00:00Z.")] = "",
+    end: Annotated[str, typer.Option(help="First moment no longer counted; now when empty.")] = "",
     state_dir: StateDirOption = None,
     timeout: TimeoutOption = 10.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Requests, tokens, cost and savings out of the ledger."""
+    """Requests, tokens, cost and savings out of the ledger.
+
+    Cost per task is the cost by the requests that succeeded; fallbacks are the share of attempts that were a fallback or a retry.
+
+    Examples: `sluice usage --by tenant --by task-type`, `sluice usage --by day --provider openai --start 2026-11-01 --end 2026-12-01`.
+    """
+    if context.invoked_subcommand is not None:
+        return
     grouped = by or ["model"]
     for name in grouped:
         if name not in _DIMENSIONS:
             raise invalid("--by", f"{name!r} is not one of {', '.join(_DIMENSIONS)}")
+    if task_type == _ANY_TASK or (task_type and task_type not in _TASK_TYPES):
+        raise invalid("--task-type", f"{task_type!r} is not one of {_TASK_NAMES}")
     since = Timestamp()
-    since.FromDatetime(datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days))
+    if start:
+        since = moment(start, "--start")
+    else:
+        since.FromDatetime(datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days))
+    until = moment(end, "--end") if end else None
     with Session(state_dir, timeout) as session:
         client = session.client
         request = usage_pb2.QueryUsageRequest(
-            tenant_id=tenant, start_time=since, group_by=[_DIMENSIONS[name] for name in grouped]
+            tenant_id=tenant,
+            project_id=project,
+            key_id=key,
+            model=model,
+            provider=provider,
+            task_type=_TASK_TYPES[task_type or _ANY_TASK],
+            start_time=since,
+            end_time=until,
+            group_by=[_DIMENSIONS[name] for name in grouped],
         )
         rows: list[Any] = [
             row for page in pages(client.usage.QueryUsage, request, client.as_admin, timeout) for row in page.rows
@@ -308,18 +359,31 @@ def usage(
             return
         print_table(
             session.console,
-            (*grouped, "requests", "cache hits", "attempts", "fallbacks", "tokens in", "cached", "tokens out", "cost", "saved"),
+            (
+                *grouped,
+                "requests",
+                "cache hits",
+                "attempts",
+                "fallbacks",
+                "tokens in",
+                "cached",
+                "tokens out",
+                "cost",
+                "per task",
+                "saved",
+            ),
             [
                 (
                     *row.group_values,
                     row.request_count,
                     row.cache_hit_count,
                     row.attempt_count,
-                    row.fallback_count,
+                    f"{row.fallback_count} ({row.fallback_share:.0%})",
                     row.usage.input_token_count,
                     row.usage.cached_input_token_count,
                     row.usage.output_token_count,
                     money(row.cost_nano_usd),
+                    money(row.cost_per_task_nano_usd) if row.HasField("cost_per_task_nano_usd") else "-",
                     money(row.saved_nano_usd),
                 )
                 for row in rows

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from services import __version__
-from services.cli import accounts, demonstration, doctor, up
+from services.cli import accounts, demonstration, doctor, export, up
 from services.cli.client import failures, pages
 from services.cli.jobs import jobs
 from services.cli.ledger import ledger
@@ -37,7 +37,8 @@ app.add_typer(accounts.tenants, name="tenants")
 app.add_typer(accounts.keys, name="keys")
 app.add_typer(jobs, name="jobs")
 app.add_typer(ledger, name="ledger")
-app.command("usage")(accounts.usage)
+accounts.usage.command("export")(export.command)
+app.add_typer(accounts.usage, name="usage")
 app.command("up")(up.command)
 app.command("demo")(demonstration.command)
 app.command("doctor")(doctor.command)

@@ -32,7 +32,12 @@ class UsageFilter:
     key_id: str = ""
     model: str = ""
     start: float | None = None
+    """Unix seconds; the first moment."""
     end: float | None = None
+    """Unix seconds; the first moment no longer counted."""
+    provider: str = ""
+    task_type: int = 0
+    """As entries have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class UsageRow:
 
     group: tuple[str, ...]
     requests: int
+    succeeded: int
+    """Of the requests, those with an attempt that answered, or a hit of the cache; without those booked to the platform."""
     cache_hits: int
     attempts: int
     fallbacks: int
@@ -139,14 +146,21 @@ class Store(Protocol):
     async def expire(self, now: float) -> int:
         """Frees holds and leases whose time is over; returns how many."""
 
-    async def usage(self, wanted: UsageFilter, group_by: Sequence[str], after: int, limit: int) -> list[UsageRow]:
-        """Sums per group, from the row number `after` on. `group_by` of: tenant, project, key, model, task_type, hour, day."""
+    async def usage(self, wanted: UsageFilter, group_by: Sequence[str], after: Sequence[str], limit: int) -> list[UsageRow]:
+        """Sums per group, by group, of those behind the group `after`; empty: from the first.
+
+        `group_by` of: tenant, project, key, model, provider, task_type, hour, day. `after` has a value for each of them, or none. Task types
+        are their numbers.
+        """
 
     async def entries(self, tenant_id: str, operation_id: str, before: int | None, limit: int) -> list[Posted]:
         """Journal rows, newest first, those with a sequence below `before`. Empty filters and None: all.
 
         Those of an operation are found by their attempt ids, which are `<operation>/...`.
         """
+
+    async def journal(self, wanted: UsageFilter, after: int, limit: int) -> list[Posted]:
+        """Journal rows, oldest first, those with a sequence above `after`."""
 
     async def head(self) -> Head:
         """The last entry's place and hash."""

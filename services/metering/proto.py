@@ -17,7 +17,7 @@ from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, HoldState, 
 from services.metering.ports import Chain, Posted, UsageRow
 from services.metering.pricebook import PriceBook
 from services.runtime.errors import invalid
-from sluice.inference.v1 import answer_pb2
+from sluice.inference.v1 import answer_pb2, receipt_pb2
 from sluice.metering.v1 import metering_service_pb2, price_pb2, tenancy_service_pb2, usage_service_pb2
 
 HOLD_STATES: Final = MappingProxyType(
@@ -350,10 +350,19 @@ def identity_of(chain: Chain) -> metering_service_pb2.Identity:
     )
 
 
-def usage_row_to_proto(row: UsageRow) -> usage_service_pb2.UsageRow:
-    """Sums of one group."""
+def task_type_name(number: str) -> str:
+    """What people call the task type that the journal has by its number: `reasoning`. One that this Sluice doesn't know stays a number."""
+    if int(number) not in receipt_pb2.TaskType.values():
+        return number
+    return receipt_pb2.TaskType.Name(receipt_pb2.TaskType.ValueType(int(number))).removeprefix("TASK_TYPE_").lower()
+
+
+def usage_row_to_proto(row: UsageRow, group_by: Sequence[str]) -> usage_service_pb2.UsageRow:
+    """Sums of one group of the dimensions `group_by`."""
     return usage_service_pb2.UsageRow(
-        group_values=row.group,
+        group_values=[
+            task_type_name(value) if name == "task_type" else value for name, value in zip(group_by, row.group, strict=True)
+        ],
         request_count=row.requests,
         cache_hit_count=row.cache_hits,
         attempt_count=row.attempts,
@@ -369,6 +378,9 @@ def usage_row_to_proto(row: UsageRow) -> usage_service_pb2.UsageRow:
         ),
         cost_nano_usd=row.cost,
         saved_nano_usd=row.saved,
+        succeeded_count=row.succeeded,
+        cost_per_task_nano_usd=row.cost // row.succeeded if row.succeeded else None,
+        fallback_share=row.fallbacks / row.attempts if row.attempts else 0.0,
     )
 
 
@@ -404,6 +416,13 @@ def entry_to_proto(posted: Posted) -> usage_service_pb2.LedgerEntry:
         start_time=timestamp(entry.start_micros / 1e6),
         post_time=timestamp(entry.post_micros / 1e6),
         outcome=entry.outcome,  # type: ignore[arg-type]  # stored as it came
+        tenant_id=entry.tenant_id,
+        project_id=entry.project_id,
+        provider=entry.provider,
+        task_type=entry.task_type,  # type: ignore[arg-type]  # stored as it came
+        saved_nano_usd=entry.saved,
+        cache_status=entry.cache_status,  # type: ignore[arg-type]  # stored as it came
+        attempt_number=entry.attempt_number,
         flags=[flag for flag in entry.flags.split(",") if flag],
     )
 

@@ -57,6 +57,7 @@ from services.metering.errors import Exists, MeteringError, NotFound, StoreUnava
 from services.metering.ledger import (
     GENESIS,
     PLATFORM,
+    SUCCEEDED,
     Entry,
     Head,
     Hold,
@@ -192,10 +193,12 @@ _GROUPS: Final = {
     "project": "project_id",
     "key": "key_id",
     "model": "model",
-    "task_type": "task_type::text",
-    "hour": "to_char(to_timestamp(start_micros / 1000000) AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:00:00\"Z\"')",
-    "day": "to_char(to_timestamp(start_micros / 1000000) AT TIME ZONE 'UTC', 'YYYY-MM-DD')",
+    "provider": "provider",
+    "task_type": 'task_type::text COLLATE "C"',
+    "hour": 'to_char(to_timestamp(start_micros / 1000000) AT TIME ZONE \'UTC\', \'YYYY-MM-DD"T"HH24:00:00"Z"\') COLLATE "C"',
+    "day": "to_char(to_timestamp(start_micros / 1000000) AT TIME ZONE 'UTC', 'YYYY-MM-DD') COLLATE \"C\"",
 }
+_ANSWERED: Final = f"outcome = {SUCCEEDED} AND debit <> '{PLATFORM}'"
 _SOURCE: Final = "CASE WHEN input_tokens + output_tokens > 0 THEN usage_source END"
 
 
@@ -530,25 +533,26 @@ class PostgresStore:
         count: int = await self._written(Expire(now))
         return count
 
-    async def usage(self, wanted: UsageFilter, group_by: Sequence[str], after: int, limit: int) -> list[UsageRow]:
+    async def usage(self, wanted: UsageFilter, group_by: Sequence[str], after: Sequence[str], limit: int) -> list[UsageRow]:
         """See Store."""
         groups = [_GROUPS[name] for name in group_by]
-        where, values = _usage_where(wanted)
+        where, values = _usage_where(wanted, groups, after)
         columns = ", ".join([*groups, ""]) if groups else ""
         places = ", ".join(str(number) for number in range(1, len(groups) + 1))
         grouping = f"GROUP BY {places} ORDER BY {places}" if groups else ""
         # A request is counted at its first attempt or its cache hit; hits are those with a status of their own.
         statement = f"""
-            SELECT {columns} COUNT(DISTINCT operation_id), COUNT(*) FILTER (WHERE cache_status > 0),
+            SELECT {columns} COUNT(DISTINCT operation_id), COUNT(DISTINCT operation_id) FILTER (WHERE {_ANSWERED}),
+              COUNT(*) FILTER (WHERE cache_status > 0),
               COUNT(*) FILTER (WHERE cache_status = 0), COUNT(*) FILTER (WHERE cache_status = 0 AND attempt_number > 1),
               SUM(input_tokens), SUM(cached_tokens), SUM(cache_write_tokens), SUM(output_tokens), SUM(reasoning_tokens), SUM(images),
               SUM(CASE WHEN debit = '{PLATFORM}' THEN 0 ELSE amount END), SUM(saved),
               CASE WHEN MIN({_SOURCE}) > 0 THEN MAX({_SOURCE}) ELSE 0 END
-            FROM journal {where} {grouping} LIMIT ${len(values) + 1}::bigint OFFSET ${len(values) + 2}::bigint
+            FROM journal {where} {grouping} LIMIT ${len(values) + 1}::bigint
         """
 
         async def read(c: AsyncConnection) -> list[UsageRow]:
-            rows = (await c.exec_driver_sql(statement, (*values, limit, after))).all()
+            rows = (await c.exec_driver_sql(statement, (*values, limit))).all()
             count = len(groups)
             return [
                 UsageRow(tuple(map(str, row[:count])), *(int(value or 0) for value in row[count:]))
@@ -577,6 +581,22 @@ class PostgresStore:
 
         async def read(c: AsyncConnection) -> list[Posted]:
             return [Posted(row[0], Entry(*row[1:])) for row in (await c.execute(statement)).all()]
+
+        return await self._reported(read)
+
+    async def journal(self, wanted: UsageFilter, after: int, limit: int) -> list[Posted]:
+        """See Store."""
+        where, values = _usage_where(wanted, [], ())
+        place = f"{where} AND" if where else "WHERE"
+        columns = ", ".join(Entry._fields)
+        statement = (
+            f"SELECT sequence, {columns} FROM journal {place} sequence > ${len(values) + 1}::bigint "
+            f"ORDER BY sequence LIMIT ${len(values) + 2}::bigint"
+        )
+
+        async def read(c: AsyncConnection) -> list[Posted]:
+            rows = (await c.exec_driver_sql(statement, (*values, after, limit))).all()
+            return [Posted(row[0], Entry._make(row[1:])) for row in rows]
 
         return await self._reported(read)
 
@@ -803,7 +823,7 @@ async def _chain(c: AsyncConnection, where: sa.ColumnElement[bool]) -> Chain | N
     return Chain(key, (await _projects(c, one, 1))[0], await _one_tenant(c, key.tenant_id))
 
 
-def _usage_where(wanted: UsageFilter) -> tuple[str, tuple[Any, ...]]:
+def _usage_where(wanted: UsageFilter, groups: Sequence[str], after: Sequence[str]) -> tuple[str, tuple[Any, ...]]:
     conditions: list[str] = []
     values: list[Any] = []
 
@@ -811,13 +831,19 @@ def _usage_where(wanted: UsageFilter) -> tuple[str, tuple[Any, ...]]:
         values.append(value)
         conditions.append(condition.format(f"${len(values)}"))
 
-    for column in ("tenant_id", "project_id", "key_id", "model"):
+    if after:
+        values += after
+        places = ", ".join(f"${number}::text" for number in range(1, len(values) + 1))
+        conditions.append(f"({', '.join(groups)}) > ({places})")
+    for column in ("tenant_id", "project_id", "key_id", "model", "provider"):
         if value := getattr(wanted, column):
             add(column + " = {}::text", value)
+    if wanted.task_type:
+        add("task_type = {}::bigint", wanted.task_type)
     if wanted.start is not None:
-        add("start_micros >= {}::bigint", int(wanted.start * 1e6))
+        add("start_micros >= {}::bigint", round(wanted.start * 1e6))
     if wanted.end is not None:
-        add("start_micros < {}::bigint", int(wanted.end * 1e6))
+        add("start_micros < {}::bigint", round(wanted.end * 1e6))
     return ("WHERE " + " AND ".join(conditions) if conditions else ""), tuple(values)
 
 

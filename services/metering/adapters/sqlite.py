@@ -40,6 +40,7 @@ from services.metering.ledger import (
     GENESIS,
     PLATFORM,
     REQUEST_SECONDS,
+    SUCCEEDED,
     Entry,
     Head,
     Hold,
@@ -159,11 +160,13 @@ _GROUPS: Final = {
     "project": "project_id",
     "key": "key_id",
     "model": "model",
+    "provider": "provider",
     "task_type": "CAST(task_type AS TEXT)",
     "hour": "strftime('%Y-%m-%dT%H:00:00Z', start_micros / 1000000, 'unixepoch')",
     "day": "strftime('%Y-%m-%d', start_micros / 1000000, 'unixepoch')",
 }
 
+_ANSWERED: Final = f"outcome = {SUCCEEDED} AND debit <> '{PLATFORM}'"
 _SOURCE: Final = "CASE WHEN input_tokens + output_tokens > 0 THEN usage_source END"
 
 T = TypeVar("T")
@@ -721,23 +724,24 @@ class SqliteStore:
             return 0
         return await self._written(operation)
 
-    async def usage(self, wanted: UsageFilter, group_by: Sequence[str], after: int, limit: int) -> list[UsageRow]:
+    async def usage(self, wanted: UsageFilter, group_by: Sequence[str], after: Sequence[str], limit: int) -> list[UsageRow]:
         """See Store."""
         groups = [_GROUPS[name] for name in group_by]
-        where, values = _usage_where(wanted)
+        where, values = _usage_where(wanted, groups, after)
         columns = ", ".join([*groups, ""]) if groups else ""
         grouping = f"GROUP BY {', '.join(groups)} ORDER BY {', '.join(groups)}" if groups else ""
         # A request is counted at its first attempt or its cache hit; hits are those with a status of their own.
         statement = f"""
-            SELECT {columns} COUNT(DISTINCT operation_id), SUM(cache_status > 0), SUM(cache_status = 0),
+            SELECT {columns} COUNT(DISTINCT operation_id), COUNT(DISTINCT CASE WHEN {_ANSWERED} THEN operation_id END),
+              SUM(cache_status > 0), SUM(cache_status = 0),
               SUM(cache_status = 0 AND attempt_number > 1), SUM(input_tokens), SUM(cached_tokens), SUM(cache_write_tokens),
               SUM(output_tokens), SUM(reasoning_tokens), SUM(images), SUM(CASE WHEN debit = '{PLATFORM}' THEN 0 ELSE amount END),
               SUM(saved), CASE WHEN MIN({_SOURCE}) > 0 THEN MAX({_SOURCE}) ELSE 0 END
-            FROM journal {where} {grouping} LIMIT ? OFFSET ?
+            FROM journal {where} {grouping} LIMIT ?
         """
 
         def operation(c: sqlite3.Connection) -> list[UsageRow]:
-            rows = c.execute(statement, (*values, limit, after)).fetchall()
+            rows = c.execute(statement, (*values, limit)).fetchall()
             count = len(groups)
             return [
                 UsageRow(tuple(map(str, row[:count])), *(int(value or 0) for value in row[count:]))
@@ -766,6 +770,16 @@ class SqliteStore:
         statement = f"SELECT sequence, {_ENTRY_COLUMNS} FROM journal {wanted} ORDER BY sequence DESC LIMIT ?"
         return await self._reported(
             lambda c: [Posted(row[0], Entry(*row[1:])) for row in c.execute(statement, (*values, limit))]
+        )
+
+    async def journal(self, wanted: UsageFilter, after: int, limit: int) -> list[Posted]:
+        """See Store."""
+        where, values = _usage_where(wanted, [], ())
+        place = f"{where} AND sequence > ?" if where else "WHERE sequence > ?"
+        # By the rows' own order: an index would sort all that a tenant has, for every page of it.
+        statement = f"SELECT sequence, {_ENTRY_COLUMNS} FROM journal NOT INDEXED {place} ORDER BY sequence LIMIT ?"
+        return await self._reported(
+            lambda c: [Posted(row[0], Entry(*row[1:])) for row in c.execute(statement, (*values, after, limit))]
         )
 
     async def head(self) -> Head:
@@ -954,24 +968,29 @@ def _chain(c: sqlite3.Connection, where: str, value: str | bytes) -> Chain | Non
     return Chain(key, project, _one_tenant(c, key.tenant_id))
 
 
-def _usage_where(wanted: UsageFilter) -> tuple[str, tuple[Any, ...]]:
+def _usage_where(wanted: UsageFilter, groups: Sequence[str], after: Sequence[str]) -> tuple[str, tuple[Any, ...]]:
     conditions: list[str] = []
     values: list[Any] = []
+    if after:
+        conditions.append(f"({', '.join(groups)}) > ({', '.join('?' * len(groups))})")
+        values += after
     for column, value in (
         ("tenant_id", wanted.tenant_id),
         ("project_id", wanted.project_id),
         ("key_id", wanted.key_id),
         ("model", wanted.model),
+        ("provider", wanted.provider),
+        ("task_type", wanted.task_type),
     ):
         if value:
             conditions.append(f"{column} = ?")
             values.append(value)
     if wanted.start is not None:
         conditions.append("start_micros >= ?")
-        values.append(int(wanted.start * 1e6))
+        values.append(round(wanted.start * 1e6))
     if wanted.end is not None:
         conditions.append("start_micros < ?")
-        values.append(int(wanted.end * 1e6))
+        values.append(round(wanted.end * 1e6))
     return ("WHERE " + " AND ".join(conditions) if conditions else ""), tuple(values)
 
 

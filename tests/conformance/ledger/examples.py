@@ -61,6 +61,8 @@ def settlement(
     request_key: bytes = b"",
     outcome: int = 1,
     observed: tuple[int | None, int | None] = (90, 8),
+    provider: str = "a",
+    task_type: int = 2,
 ) -> Settlement:
     """A settlement of `attempt_id`, which is `<operation>/<n>`."""
     entry = Entry(
@@ -73,7 +75,7 @@ def settlement(
         project_id=payer.project_id,
         key_id=payer.key_id,
         model=model,
-        provider="a",
+        provider=provider,
         input_tokens=tokens,
         cached_tokens=1,
         cache_write_tokens=2,
@@ -86,7 +88,7 @@ def settlement(
         duration_micros=1500,
         outcome=outcome,
         error_reason=0,
-        task_type=2,
+        task_type=task_type,
         saved=saved,
         cache_status=cache_status,
         attempt_number=attempt_number,

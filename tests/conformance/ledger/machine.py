@@ -289,7 +289,7 @@ class LedgerMachine(RuleBasedStateMachine):
         entries = await self._store.entries("", "", None, 1000)
         assert {one.entry.attempt_id: one.entry.amount for one in entries} == self._journal
         assert [one.sequence for one in entries] == list(range(len(self._journal), 0, -1))
-        assert sum(row.cost for row in await self._store.usage(UsageFilter(), ["key"], 0, 10)) == self._charged
+        assert sum(row.cost for row in await self._store.usage(UsageFilter(), ["key"], (), 10)) == self._charged
 
     def teardown(self) -> None:
         self._runner.run(self._opened.aclose())

@@ -18,7 +18,7 @@ import pytest
 from services.metering.accounts import Balance, Key, Limits, ModelLimits, Payer, Project, Tenant
 from services.metering.errors import BudgetExhausted, Exists, NotFound
 from services.metering.ledger import GENESIS, PLATFORM, Entry, Head, HoldState, PostState, Replica
-from services.metering.ports import Store, UsageFilter
+from services.metering.ports import Posted, Store, UsageFilter
 from tests.conformance.ledger.examples import ACME, HOLDER, HOUR, NOW, PAYER, key, settlement
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -460,14 +460,14 @@ class LedgerSuite:
                 await store.chain_by_key(PAYER.key_id),
                 await store.projects(ACME, "", 10),
                 await store.entries("", "", None, 10),
-                await store.usage(UsageFilter(), ["key"], 0, 10),
+                await store.usage(UsageFilter(), ["key"], (), 10),
             )
         async with database.open() as store:
             after = (
                 await store.chain_by_key(PAYER.key_id),
                 await store.projects(ACME, "", 10),
                 await store.entries("", "", None, 10),
-                await store.usage(UsageFilter(), ["key"], 0, 10),
+                await store.usage(UsageFilter(), ["key"], (), 10),
             )
             assert after == before
             await assert_balances(store, spent=30, held=270)
@@ -637,15 +637,15 @@ class LedgerSuite:
         ]
         await store.post(settled)
         for groups in ([], ["model"], ["day", "model"], ["hour"], ["tenant", "project", "key", "model", "task_type", "day"]):
-            rows = await store.usage(UsageFilter(), groups, 0, 1000)
+            rows = await store.usage(UsageFilter(), groups, (), 1000)
             assert sum(row.cost for row in rows) == sum(one.entry.amount for one in settled)
             assert sum(row.input_tokens for row in rows) == sum(one.entry.input_tokens for one in settled)
             assert sum(row.attempts for row in rows) == 200
             assert sum(row.fallbacks for row in rows) == 100
             assert [row.group for row in rows] == sorted({row.group for row in rows})
-        (whole,) = await store.usage(UsageFilter(), [], 0, 10)
+        (whole,) = await store.usage(UsageFilter(), [], (), 10)
         assert (whole.requests, whole.cache_hits, whole.group) == (100, 0, ())
-        by_model = {row.group[0]: row for row in await store.usage(UsageFilter(), ["model"], 0, 10)}
+        by_model = {row.group[0]: row for row in await store.usage(UsageFilter(), ["model"], (), 10)}
         for model, row in by_model.items():
             assert row.cost == sum(one.entry.amount for one in settled if one.entry.model == model)
         assert {balance.spent_nano_usd for balance in await balances(store)} == {whole.cost}
@@ -664,15 +664,15 @@ class LedgerSuite:
                 settlement("op-4/1", amount=99, debit="platform", start_micros=at + 3 * second),
             ]
         )
-        (row,) = await store.usage(UsageFilter(), [], 0, 10)
+        (row,) = await store.usage(UsageFilter(), [], (), 10)
         assert (row.requests, row.cache_hits, row.attempts, row.cost, row.saved) == (4, 1, 3, 15, 10)
-        (row,) = await store.usage(UsageFilter(key_id="key-2"), [], 0, 10)
+        (row,) = await store.usage(UsageFilter(key_id="key-2"), [], (), 10)
         assert (row.requests, row.cost) == (1, 5)
         # From the first moment on, and up to but without the last.
-        (row,) = await store.usage(UsageFilter(start=NOW + 1, end=NOW + 2), [], 0, 10)
+        (row,) = await store.usage(UsageFilter(start=NOW + 1, end=NOW + 2), [], (), 10)
         assert (row.requests, row.saved) == (1, 10)
         for wanted in (UsageFilter(tenant_id="x"), UsageFilter(project_id="x"), UsageFilter(model="x"), UsageFilter(end=NOW)):
-            assert await store.usage(wanted, [], 0, 10) == []
+            assert await store.usage(wanted, [], (), 10) == []
 
     async def test_usage_says_whether_all_tokens_were_reported(self, store: Store) -> None:
         await prepare(store)
@@ -684,13 +684,106 @@ class LedgerSuite:
                 settlement("op-4/1", amount=1, model="b/y", usage_source=2),
             ]
         )
-        rows = await store.usage(UsageFilter(), ["model"], 0, 10)
+        rows = await store.usage(UsageFilter(), ["model"], (), 10)
         assert [(row.group, row.usage_source) for row in rows] == [(("a/x",), 1), (("b/y",), 2)]
 
     async def test_usage_comes_in_pages(self, store: Store) -> None:
         await store.post([settlement(f"op-{number}/1", amount=number, model=f"m/{number}") for number in range(5)])
-        pages = [await store.usage(UsageFilter(), ["model"], after, 2) for after in (0, 2, 4, 6)]
+        afters: tuple[tuple[str, ...], ...] = ((), ("m/1",), ("m/3",), ("m/4",))
+        pages = [await store.usage(UsageFilter(), ["model"], after, 2) for after in afters]
         assert [[row.group[0] for row in page] for page in pages] == [["m/0", "m/1"], ["m/2", "m/3"], ["m/4"], []]
+
+    @pytest.mark.parametrize(
+        "groups",
+        [
+            ["tenant", "project", "key", "model", "provider", "day"],
+            ["hour", "task_type"],
+            ["model", "hour"],
+            ["task_type", "provider"],
+        ],
+    )
+    async def test_pages_behind_a_group_are_what_one_page_has(self, store: Store, groups: list[str]) -> None:
+        drawn = random.Random(11)
+        made = [
+            settlement(
+                f"op-{number}/1",
+                amount=number,
+                # Order is that of the bytes, whatever the database's language.
+                model=drawn.choice(["a/x", "A/x", "a-x", "ä/x", "Z", "'"]),
+                provider=drawn.choice(["b", "B", "_"]),
+                task_type=drawn.randrange(5),
+                start_micros=int((NOW + drawn.randrange(60) * HOUR) * 1e6),
+            )
+            for number in range(120)
+        ]
+        await store.post(made)
+        whole = await store.usage(UsageFilter(), groups, (), 1000)
+        assert len(whole) > 10
+        assert [row.group for row in whole] == sorted(
+            {row.group for row in whole}, key=lambda group: [one.encode() for one in group]
+        )
+        found = []
+        after: tuple[str, ...] = ()
+        while page := await store.usage(UsageFilter(), groups, after, 3):
+            found += page
+            after = page[-1].group
+        assert found == whole
+        assert sum(row.cost for row in found) == sum(one.entry.amount for one in made)
+
+    async def test_the_journal_is_read_on_from_a_sequence(self, store: Store) -> None:
+        other = Payer("brite", "default", "key-9")
+        await store.post(
+            [
+                settlement(
+                    f"op-{number}/1", amount=number, payer=other if number % 3 == 0 else PAYER, start_micros=number * 10**6
+                )
+                for number in range(1, 21)
+            ]
+        )
+        found: list[Posted] = []
+        while page := await store.journal(UsageFilter(), found[-1].sequence if found else 0, 6):
+            found += page
+        assert found == list(reversed(await store.entries("", "", None, 100)))
+        assert [one.entry.amount for one in await store.journal(UsageFilter("brite", start=6.0, end=15.0), 0, 10)] == [6, 9, 12]
+        assert [one.entry.amount for one in await store.journal(UsageFilter("brite"), 9, 2)] == [12, 15]
+
+    async def test_what_is_posted_between_pages_neither_repeats_nor_hides_a_group(self, store: Store) -> None:
+        await store.post([settlement(f"op-{number}/1", amount=1, model=f"m/{number}") for number in (2, 4, 6, 8)])
+        first = await store.usage(UsageFilter(), ["model"], (), 2)
+        await store.post([settlement(f"op-{number}/1", amount=1, model=f"m/{number}") for number in (1, 3, 5)])
+        second = await store.usage(UsageFilter(), ["model"], first[-1].group, 10)
+        assert [row.group[0] for row in (*first, *second)] == ["m/2", "m/4", "m/5", "m/6", "m/8"]
+
+    async def test_usage_is_filtered_by_provider_and_task_type(self, store: Store) -> None:
+        await store.post(
+            [
+                settlement("op-1/1", amount=1, provider="a", task_type=1),
+                settlement("op-2/1", amount=10, provider="a", task_type=3),
+                settlement("op-3/1", amount=100, provider="b", task_type=3),
+            ]
+        )
+        for wanted, cost in (
+            (UsageFilter(provider="a"), 11),
+            (UsageFilter(task_type=3), 110),
+            (UsageFilter(provider="a", task_type=3), 10),
+            (UsageFilter(tenant_id=ACME, start=NOW, end=NOW + 1, provider="b", task_type=3), 100),
+        ):
+            assert [row.cost for row in await store.usage(wanted, [], (), 10)] == [cost]
+            assert sum(row.cost for row in await store.usage(wanted, ["model"], ("a/w",), 10)) == cost
+        assert await store.usage(UsageFilter(provider="b", task_type=1), [], (), 10) == []
+
+    async def test_what_succeeded_is_counted_once_and_not_for_the_platform(self, store: Store) -> None:
+        await store.post(
+            [
+                settlement("op-1/1", amount=7, outcome=2),
+                settlement("op-1/2", amount=10, outcome=1, attempt_number=2),
+                settlement("op-2/1", amount=3, outcome=4),
+                settlement("op-3/cache", amount=0, saved=10, cache_status=1),
+                settlement("op-4/1", amount=99, debit="platform"),
+            ]
+        )
+        (row,) = await store.usage(UsageFilter(), [], (), 10)
+        assert (row.requests, row.succeeded, row.attempts, row.fallbacks, row.cost) == (4, 2, 4, 1, 20)
 
     async def test_our_own_counts_may_be_absent_and_are_part_of_the_chain(self, database: Database) -> None:
         known: tuple[tuple[int | None, int | None], ...] = ((None, None), (None, 8), (90, 8), (90, 8))

@@ -194,7 +194,7 @@ async def test_a_server_that_is_away_is_told_at_once_and_used_again_when_it_is_b
                 store.hold("op-2", PAYER, 10, 0, NOW + HOUR, HOLDER),
                 store.chain_by_key("key-1"),
                 store.verify(),
-                store.usage(UsageFilter(), [], 0, 1),
+                store.usage(UsageFilter(), [], (), 1),
                 store.create_tenant(Tenant("other", "", Limits(), NOW), ""),
             ):
                 with pytest.raises(StoreUnavailable):

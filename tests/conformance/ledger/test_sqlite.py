@@ -133,7 +133,7 @@ async def test_requests_do_not_wait_behind_reports(tmp_path: Path) -> None:
         busy = store._reporters.submit(long_report.wait, 30)
         reports = [
             asyncio.create_task(report)
-            for report in (store.verify(), store.usage(UsageFilter(), [], 0, 1), store.entries("", "", None, 1))
+            for report in (store.verify(), store.usage(UsageFilter(), [], (), 1), store.entries("", "", None, 1))
         ]
         try:
             await store.ping()

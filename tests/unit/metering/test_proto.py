@@ -319,8 +319,9 @@ def test_a_key_is_shown_without_its_digest() -> None:
 
 
 def test_sums_are_shown_each_in_its_place() -> None:
-    shown = proto.usage_row_to_proto(UsageRow(("a", "b"), 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1))
-    assert list(shown.group_values) == ["a", "b"]
+    shown = proto.usage_row_to_proto(UsageRow(("a", "3"), 1, 5, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1), ["model", "task_type"])
+    assert list(shown.group_values) == ["a", "code"]
+    assert (shown.succeeded_count, shown.cost_per_task_nano_usd, shown.fallback_share) == (5, 2, 4 / 3)
     assert (shown.request_count, shown.cache_hit_count, shown.attempt_count, shown.fallback_count) == (1, 2, 3, 4)
     assert shown.usage == answer_pb2.Usage(
         input_token_count=5,

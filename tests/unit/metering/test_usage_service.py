@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+import base64
 import hashlib
 import time
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from services.metering.cost import Price
 from services.metering.ports import Store
 from services.metering.pricebook import PriceBook, versioned
 from services.metering.service import Prices
-from services.metering.usage_service import UsageServicer
+from services.metering.usage_service import UsageServicer, _query_digest
 from services.runtime.call import Call, Caller, CallerKind
 from services.runtime.errors import Code, Reason
 from sluice.metering.v1 import usage_service_pb2 as pb2
@@ -66,7 +68,8 @@ async def test_sums_are_those_of_the_settled_costs(store: Store, usage: UsageSer
         (pb2.USAGE_DIMENSION_PROJECT, "default"),
         (pb2.USAGE_DIMENSION_KEY, "key-1"),
         (pb2.USAGE_DIMENSION_MODEL, "a/x"),
-        (pb2.USAGE_DIMENSION_TASK_TYPE, "2"),
+        (pb2.USAGE_DIMENSION_PROVIDER, "a"),
+        (pb2.USAGE_DIMENSION_TASK_TYPE, "reasoning"),
         (pb2.USAGE_DIMENSION_HOUR, "2023-11-14T22:00:00Z"),
         (pb2.USAGE_DIMENSION_DAY, "2023-11-14"),
     ],
@@ -104,6 +107,98 @@ async def test_usage_comes_in_pages_that_miss_and_repeat_nothing(store: Store, u
     assert pages == [["a/00", "a/01", "a/02"], ["a/03", "a/04", "a/05"], ["a/06"]]
 
 
+async def test_a_later_page_is_of_the_time_of_the_first(store: Store, usage: UsageServicer) -> None:
+    now = time.time()
+    await store.post(
+        [settlement(f"op-{name}/1", amount=1, model=name, start_micros=int((now - 60) * 1e6)) for name in ("a", "c", "e")]
+    )
+    request = pb2.QueryUsageRequest(group_by=[pb2.USAGE_DIMENSION_MODEL], page_size=1)
+    first = await usage.QueryUsage(request, AS_ADMIN)
+    # They began after the first page was asked for.
+    later = int((time.time() + 1e-3) * 1e6)
+    await store.post([settlement(f"op-{name}2/1", amount=1, model=name, start_micros=later) for name in ("a", "b", "c", "d")])
+    await asyncio.sleep(0.01)
+    request.page_token, request.page_size = first.next_page_token, 1000
+    second = await usage.QueryUsage(request, AS_ADMIN)
+    assert [(row.group_values[0], row.request_count) for row in (*first.rows, *second.rows)] == [("a", 1), ("c", 1), ("e", 1)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda request: setattr(request, "model", "a/00"),
+        lambda request: setattr(request, "provider", "a"),
+        lambda request: setattr(request, "tenant_id", ACME),
+        lambda request: setattr(request, "task_type", 2),
+        lambda request: setattr(request.start_time, "seconds", 2),
+        lambda request: setattr(request.end_time, "seconds", 2),
+        lambda request: request.group_by.append(pb2.USAGE_DIMENSION_DAY),
+        lambda request: request.ClearField("group_by"),
+        lambda request: setattr(request, "page_token", request.page_token[:-4]),
+        lambda request: setattr(request, "page_token", request.page_token + "!"),
+        lambda request: setattr(request, "page_token", "W10="),
+        lambda request: setattr(request, "page_token", "A" * 40_000),
+    ],
+)
+async def test_a_token_of_another_query_is_refused(
+    store: Store, usage: UsageServicer, change: Callable[[pb2.QueryUsageRequest], None]
+) -> None:
+    await store.post([settlement(f"op-{number}/1", amount=1, model=f"a/{number:02}") for number in range(7)])
+    request = pb2.QueryUsageRequest(start_time=FROM_THE_START, group_by=[pb2.USAGE_DIMENSION_MODEL], page_size=3)
+    request.page_token = (await usage.QueryUsage(request, AS_ADMIN)).next_page_token
+    request.page_size = 4
+    assert len((await usage.QueryUsage(request, AS_ADMIN)).rows) == 4
+    change(request)
+    with refused_field("page_token"):
+        await usage.QueryUsage(request, AS_ADMIN)
+
+
+async def test_a_token_of_another_tenant_is_refused(store: Store, usage: UsageServicer) -> None:
+    as_acme = await tenants(store)
+    await store.post([settlement(f"op-{number}/1", amount=1, model=f"a/{number:02}") for number in range(7)])
+    request = pb2.QueryUsageRequest(start_time=FROM_THE_START, group_by=[pb2.USAGE_DIMENSION_MODEL], page_size=3)
+    request.page_token = (await usage.QueryUsage(request, AS_ADMIN)).next_page_token
+    with refused_field("page_token"):
+        await usage.QueryUsage(request, as_acme)
+
+
+async def test_halves_of_a_character_in_a_token_are_refused(usage: UsageServicer) -> None:
+    request = pb2.QueryUsageRequest(start_time=FROM_THE_START, group_by=[pb2.USAGE_DIMENSION_MODEL])
+    query = _query_digest(request, "")
+    for group in ("\\ud800", "a\\u0000"):
+        text = f'["{query}", 0, 1, ["{group}"]]'
+        request.page_token = base64.urlsafe_b64encode(text.encode()).decode()
+        with refused_field("page_token"):
+            await usage.QueryUsage(request, AS_ADMIN)
+
+
+async def test_cost_per_task_carries_what_failed_attempts_cost(store: Store, usage: UsageServicer) -> None:
+    await store.post(
+        [
+            settlement("op-1/1", amount=7, outcome=2),
+            settlement("op-1/2", amount=10, attempt_number=2),
+            settlement("op-2/1", amount=4, model="b/y"),
+            settlement("op-3/1", amount=5, model="c/z", outcome=2),
+            settlement("op-4/cache", amount=0, saved=9, model="d/w", cache_status=1),
+        ]
+    )
+    request = pb2.QueryUsageRequest(start_time=FROM_THE_START, group_by=[pb2.USAGE_DIMENSION_MODEL])
+    rows = {row.group_values[0]: row for row in (await usage.QueryUsage(request, AS_ADMIN)).rows}
+    assert [row.cost_per_task_nano_usd for row in rows.values()] == [17, 4, 0, 0]
+    assert [row.HasField("cost_per_task_nano_usd") for row in rows.values()] == [True, True, False, True]
+    assert [row.fallback_share for row in rows.values()] == [0.5, 0.0, 0.0, 0.0]
+    request.ClearField("group_by")
+    (whole,) = (await usage.QueryUsage(request, AS_ADMIN)).rows
+    assert (whole.succeeded_count, whole.cost_nano_usd, whole.cost_per_task_nano_usd) == (3, 26, 8)
+
+
+async def test_a_task_type_without_a_name_is_its_number(store: Store, usage: UsageServicer) -> None:
+    await store.post([settlement("op-1/1", amount=5, task_type=0), settlement("op-2/1", amount=5, task_type=7)])
+    request = pb2.QueryUsageRequest(start_time=FROM_THE_START, group_by=[pb2.USAGE_DIMENSION_TASK_TYPE])
+    rows = (await usage.QueryUsage(request, AS_ADMIN)).rows
+    assert [row.group_values[0] for row in rows] == ["unspecified", "7"]
+
+
 async def test_entries_come_newest_first_in_pages(store: Store, usage: UsageServicer) -> None:
     await store.post([settlement(f"op-{number}/1", amount=number) for number in range(1, 8)])
     request = pb2.ListEntriesRequest(page_size=3)
@@ -119,6 +214,35 @@ async def test_entries_come_newest_first_in_pages(store: Store, usage: UsageServ
     assert pages == [[7, 6, 5], [4, 3, 2], [1]]
     (entry,) = (await usage.ListEntries(pb2.ListEntriesRequest(operation_id="op-4"), AS_ADMIN)).entries
     assert (entry.attempt_id, entry.amount_nano_usd, entry.debit_account) == ("op-4/1", 4, "key/key-1")
+
+
+async def test_entries_of_a_time_come_oldest_first_in_pages(store: Store, usage: UsageServicer) -> None:
+    as_acme = await tenants(store)
+    second = 1_000_000
+    await store.post([settlement(f"op-{number}/1", amount=number, start_micros=number * second) for number in range(1, 8)])
+    await store.post([settlement("op-x/1", amount=99, payer=BRITE, start_micros=3 * second)])
+    request = pb2.ListEntriesRequest(
+        page_size=2, oldest_first=True, start_time=Timestamp(seconds=2), end_time=Timestamp(seconds=7)
+    )
+    pages = []
+    while True:
+        page = await usage.ListEntries(request, as_acme)
+        pages.append([entry.amount_nano_usd for entry in page.entries])
+        request.page_token = page.next_page_token
+        if not page.next_page_token:
+            break
+        await store.post([settlement(f"op-{len(pages)}00/1", amount=len(pages) * 100, start_micros=5 * second)])
+    assert pages == [[2, 3], [4, 5], [6, 100], [200, 300]]
+    first = (await usage.ListEntries(pb2.ListEntriesRequest(oldest_first=True, page_size=1), AS_ADMIN)).entries[0]
+    assert (first.tenant_id, first.project_id, first.provider, first.attempt_number) == (ACME, "default", "a", 1)
+    for field, wrong in (
+        ("operation_id", pb2.ListEntriesRequest(oldest_first=True, operation_id="op-1")),
+        ("start_time", pb2.ListEntriesRequest(start_time=Timestamp(seconds=2))),
+        ("end_time", pb2.ListEntriesRequest(end_time=Timestamp(seconds=2))),
+        ("end_time", pb2.ListEntriesRequest(oldest_first=True, end_time=Timestamp(nanos=-1))),
+    ):
+        with refused_field(field):
+            await usage.ListEntries(wrong, AS_ADMIN)
 
 
 async def test_a_key_sees_its_own_tenant_only(store: Store, usage: UsageServicer) -> None:
@@ -233,6 +357,9 @@ async def test_a_head_that_is_none_is_refused(usage: UsageServicer, field: str, 
         ("page_token", lambda request: setattr(request, "page_token", "-5")),
         ("page_token", lambda request: setattr(request, "page_token", "٣")),
         ("page_token", lambda request: setattr(request, "page_token", "9" * 19)),
+        ("model", lambda request: setattr(request, "model", "a" * 513)),
+        ("provider", lambda request: setattr(request, "provider", "a\0")),
+        ("task_type", lambda request: setattr(request, "task_type", 99)),
         ("group_by", lambda request: request.group_by.append(0)),
         ("group_by", lambda request: request.group_by.append(99)),
         ("group_by", lambda request: request.group_by.extend([1, 2, 3, 4, 5, 6, 7])),

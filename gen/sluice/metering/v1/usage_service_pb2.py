@@ -28,41 +28,41 @@ from sluice.inference.v1 import receipt_pb2 as sluice_dot_inference_dot_v1_dot_r
 from sluice.metering.v1 import price_pb2 as sluice_dot_metering_dot_v1_dot_price__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&sluice/metering/v1/usage_service.proto\x12\x12sluice.metering.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a sluice/inference/v1/answer.proto\x1a!sluice/inference/v1/receipt.proto\x1a\x1esluice/metering/v1/price.proto\"\x94\x02\n\x11QueryUsageRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x08group_by\x18\x07 \x03(\x0e\x32\".sluice.metering.v1.UsageDimension\x12\x11\n\tpage_size\x18\x08 \x01(\x05\x12\x12\n\npage_token\x18\t \x01(\t\"Y\n\x12QueryUsageResponse\x12*\n\x04rows\x18\x01 \x03(\x0b\x32\x1c.sluice.metering.v1.UsageRow\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xd9\x01\n\x08UsageRow\x12\x14\n\x0cgroup_values\x18\x01 \x03(\t\x12\x15\n\rrequest_count\x18\x02 \x01(\x03\x12\x17\n\x0f\x63\x61\x63he_hit_count\x18\x03 \x01(\x03\x12\x15\n\rattempt_count\x18\x04 \x01(\x03\x12\x16\n\x0e\x66\x61llback_count\x18\x05 \x01(\x03\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12\x15\n\rcost_nano_usd\x18\x07 \x01(\x03\x12\x16\n\x0esaved_nano_usd\x18\x08 \x01(\x03\"d\n\x12ListEntriesRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x14\n\x0coperation_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"`\n\x13ListEntriesResponse\x12\x30\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1f.sluice.metering.v1.LedgerEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xca\x03\n\x0bLedgerEntry\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x14\n\x0coperation_id\x18\x03 \x01(\t\x12\x15\n\rdebit_account\x18\x04 \x01(\t\x12\x16\n\x0e\x63redit_account\x18\x05 \x01(\t\x12\x17\n\x0f\x61mount_nano_usd\x18\x06 \x01(\x03\x12\x0e\n\x06key_id\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12)\n\x05usage\x18\t \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12\x15\n\rprice_version\x18\n \x01(\t\x12.\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tpost_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x07outcome\x18\r \x01(\x0e\x32#.sluice.inference.v1.AttemptOutcome\x12\r\n\x05\x66lags\x18\x0e \x03(\t\x12\x32\n\x0eobserved_usage\x18\x0f \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\"t\n\x11ListPricesRequest\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"n\n\x12ListPricesResponse\x12)\n\x06prices\x18\x01 \x03(\x0b\x32\x19.sluice.metering.v1.Price\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x14\n\x0c\x62ook_version\x18\x03 \x01(\t\",\n\nLedgerHead\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\"\x16\n\x14GetLedgerHeadRequest\"E\n\x15GetLedgerHeadResponse\x12,\n\x04head\x18\x01 \x01(\x0b\x32\x1e.sluice.metering.v1.LedgerHead\"L\n\x13VerifyLedgerRequest\x12\x35\n\rexpected_head\x18\x01 \x01(\x0b\x32\x1e.sluice.metering.v1.LedgerHead\"\xa8\x01\n\x14VerifyLedgerResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x13\n\x0b\x65ntry_count\x18\x02 \x01(\x03\x12\x16\n\x0e\x64\x65\x62it_nano_usd\x18\x03 \x01(\x03\x12\x17\n\x0f\x63redit_nano_usd\x18\x04 \x01(\x03\x12\x10\n\x08problems\x18\x05 \x03(\t\x12,\n\x04head\x18\x06 \x01(\x0b\x32\x1e.sluice.metering.v1.LedgerHead*\xf0\x01\n\x0eUsageDimension\x12\x1f\n\x1bUSAGE_DIMENSION_UNSPECIFIED\x10\x00\x12\x1a\n\x16USAGE_DIMENSION_TENANT\x10\x01\x12\x1b\n\x17USAGE_DIMENSION_PROJECT\x10\x02\x12\x17\n\x13USAGE_DIMENSION_KEY\x10\x03\x12\x19\n\x15USAGE_DIMENSION_MODEL\x10\x04\x12\x1d\n\x19USAGE_DIMENSION_TASK_TYPE\x10\x05\x12\x18\n\x14USAGE_DIMENSION_HOUR\x10\x06\x12\x17\n\x13USAGE_DIMENSION_DAY\x10\x07\x32\xf1\x03\n\x0cUsageService\x12[\n\nQueryUsage\x12%.sluice.metering.v1.QueryUsageRequest\x1a&.sluice.metering.v1.QueryUsageResponse\x12^\n\x0bListEntries\x12&.sluice.metering.v1.ListEntriesRequest\x1a\'.sluice.metering.v1.ListEntriesResponse\x12[\n\nListPrices\x12%.sluice.metering.v1.ListPricesRequest\x1a&.sluice.metering.v1.ListPricesResponse\x12\x61\n\x0cVerifyLedger\x12\'.sluice.metering.v1.VerifyLedgerRequest\x1a(.sluice.metering.v1.VerifyLedgerResponse\x12\x64\n\rGetLedgerHead\x12(.sluice.metering.v1.GetLedgerHeadRequest\x1a).sluice.metering.v1.GetLedgerHeadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&sluice/metering/v1/usage_service.proto\x12\x12sluice.metering.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a sluice/inference/v1/answer.proto\x1a!sluice/inference/v1/receipt.proto\x1a\x1esluice/metering/v1/price.proto\"\xd8\x02\n\x11QueryUsageRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x12\n\nproject_id\x18\x02 \x01(\t\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x08group_by\x18\x07 \x03(\x0e\x32\".sluice.metering.v1.UsageDimension\x12\x11\n\tpage_size\x18\x08 \x01(\x05\x12\x12\n\npage_token\x18\t \x01(\t\x12\x10\n\x08provider\x18\n \x01(\t\x12\x30\n\ttask_type\x18\x0b \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\"Y\n\x12QueryUsageResponse\x12*\n\x04rows\x18\x01 \x03(\x0b\x32\x1c.sluice.metering.v1.UsageRow\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xca\x02\n\x08UsageRow\x12\x14\n\x0cgroup_values\x18\x01 \x03(\t\x12\x15\n\rrequest_count\x18\x02 \x01(\x03\x12\x17\n\x0f\x63\x61\x63he_hit_count\x18\x03 \x01(\x03\x12\x15\n\rattempt_count\x18\x04 \x01(\x03\x12\x16\n\x0e\x66\x61llback_count\x18\x05 \x01(\x03\x12)\n\x05usage\x18\x06 \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12\x15\n\rcost_nano_usd\x18\x07 \x01(\x03\x12\x16\n\x0esaved_nano_usd\x18\x08 \x01(\x03\x12\x17\n\x0fsucceeded_count\x18\t \x01(\x03\x12#\n\x16\x63ost_per_task_nano_usd\x18\n \x01(\x03H\x00\x88\x01\x01\x12\x16\n\x0e\x66\x61llback_share\x18\x0b \x01(\x01\x42\x19\n\x17_cost_per_task_nano_usd\"\xd8\x01\n\x12ListEntriesRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x14\n\x0coperation_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\x12\x14\n\x0coldest_first\x18\x05 \x01(\x08\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"`\n\x13ListEntriesResponse\x12\x30\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x1f.sluice.metering.v1.LedgerEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x9d\x05\n\x0bLedgerEntry\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x12\n\nattempt_id\x18\x02 \x01(\t\x12\x14\n\x0coperation_id\x18\x03 \x01(\t\x12\x15\n\rdebit_account\x18\x04 \x01(\t\x12\x16\n\x0e\x63redit_account\x18\x05 \x01(\t\x12\x17\n\x0f\x61mount_nano_usd\x18\x06 \x01(\x03\x12\x0e\n\x06key_id\x18\x07 \x01(\t\x12\r\n\x05model\x18\x08 \x01(\t\x12)\n\x05usage\x18\t \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12\x15\n\rprice_version\x18\n \x01(\t\x12.\n\nstart_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\tpost_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x07outcome\x18\r \x01(\x0e\x32#.sluice.inference.v1.AttemptOutcome\x12\r\n\x05\x66lags\x18\x0e \x03(\t\x12\x32\n\x0eobserved_usage\x18\x0f \x01(\x0b\x32\x1a.sluice.inference.v1.Usage\x12\x11\n\ttenant_id\x18\x10 \x01(\t\x12\x12\n\nproject_id\x18\x11 \x01(\t\x12\x10\n\x08provider\x18\x12 \x01(\t\x12\x30\n\ttask_type\x18\x13 \x01(\x0e\x32\x1d.sluice.inference.v1.TaskType\x12\x16\n\x0esaved_nano_usd\x18\x14 \x01(\x03\x12\x36\n\x0c\x63\x61\x63he_status\x18\x15 \x01(\x0e\x32 .sluice.inference.v1.CacheStatus\x12\x16\n\x0e\x61ttempt_number\x18\x16 \x01(\x05\"t\n\x11ListPricesRequest\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06models\x18\x02 \x03(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"n\n\x12ListPricesResponse\x12)\n\x06prices\x18\x01 \x03(\x0b\x32\x19.sluice.metering.v1.Price\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x14\n\x0c\x62ook_version\x18\x03 \x01(\t\",\n\nLedgerHead\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x0c\n\x04hash\x18\x02 \x01(\x0c\"\x16\n\x14GetLedgerHeadRequest\"E\n\x15GetLedgerHeadResponse\x12,\n\x04head\x18\x01 \x01(\x0b\x32\x1e.sluice.metering.v1.LedgerHead\"L\n\x13VerifyLedgerRequest\x12\x35\n\rexpected_head\x18\x01 \x01(\x0b\x32\x1e.sluice.metering.v1.LedgerHead\"\xa8\x01\n\x14VerifyLedgerResponse\x12\n\n\x02ok\x18\x01 \x01(\x08\x12\x13\n\x0b\x65ntry_count\x18\x02 \x01(\x03\x12\x16\n\x0e\x64\x65\x62it_nano_usd\x18\x03 \x01(\x03\x12\x17\n\x0f\x63redit_nano_usd\x18\x04 \x01(\x03\x12\x10\n\x08problems\x18\x05 \x03(\t\x12,\n\x04head\x18\x06 \x01(\x0b\x32\x1e.sluice.metering.v1.LedgerHead*\x8e\x02\n\x0eUsageDimension\x12\x1f\n\x1bUSAGE_DIMENSION_UNSPECIFIED\x10\x00\x12\x1a\n\x16USAGE_DIMENSION_TENANT\x10\x01\x12\x1b\n\x17USAGE_DIMENSION_PROJECT\x10\x02\x12\x17\n\x13USAGE_DIMENSION_KEY\x10\x03\x12\x19\n\x15USAGE_DIMENSION_MODEL\x10\x04\x12\x1d\n\x19USAGE_DIMENSION_TASK_TYPE\x10\x05\x12\x18\n\x14USAGE_DIMENSION_HOUR\x10\x06\x12\x17\n\x13USAGE_DIMENSION_DAY\x10\x07\x12\x1c\n\x18USAGE_DIMENSION_PROVIDER\x10\x08\x32\xf1\x03\n\x0cUsageService\x12[\n\nQueryUsage\x12%.sluice.metering.v1.QueryUsageRequest\x1a&.sluice.metering.v1.QueryUsageResponse\x12^\n\x0bListEntries\x12&.sluice.metering.v1.ListEntriesRequest\x1a\'.sluice.metering.v1.ListEntriesResponse\x12[\n\nListPrices\x12%.sluice.metering.v1.ListPricesRequest\x1a&.sluice.metering.v1.ListPricesResponse\x12\x61\n\x0cVerifyLedger\x12\'.sluice.metering.v1.VerifyLedgerRequest\x1a(.sluice.metering.v1.VerifyLedgerResponse\x12\x64\n\rGetLedgerHead\x12(.sluice.metering.v1.GetLedgerHeadRequest\x1a).sluice.metering.v1.GetLedgerHeadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sluice.metering.v1.usage_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_USAGEDIMENSION']._serialized_start=2068
-  _globals['_USAGEDIMENSION']._serialized_end=2308
+  _globals['_USAGEDIMENSION']._serialized_start=2577
+  _globals['_USAGEDIMENSION']._serialized_end=2847
   _globals['_QUERYUSAGEREQUEST']._serialized_start=197
-  _globals['_QUERYUSAGEREQUEST']._serialized_end=473
-  _globals['_QUERYUSAGERESPONSE']._serialized_start=475
-  _globals['_QUERYUSAGERESPONSE']._serialized_end=564
-  _globals['_USAGEROW']._serialized_start=567
-  _globals['_USAGEROW']._serialized_end=784
-  _globals['_LISTENTRIESREQUEST']._serialized_start=786
-  _globals['_LISTENTRIESREQUEST']._serialized_end=886
-  _globals['_LISTENTRIESRESPONSE']._serialized_start=888
-  _globals['_LISTENTRIESRESPONSE']._serialized_end=984
-  _globals['_LEDGERENTRY']._serialized_start=987
-  _globals['_LEDGERENTRY']._serialized_end=1445
-  _globals['_LISTPRICESREQUEST']._serialized_start=1447
-  _globals['_LISTPRICESREQUEST']._serialized_end=1563
-  _globals['_LISTPRICESRESPONSE']._serialized_start=1565
-  _globals['_LISTPRICESRESPONSE']._serialized_end=1675
-  _globals['_LEDGERHEAD']._serialized_start=1677
-  _globals['_LEDGERHEAD']._serialized_end=1721
-  _globals['_GETLEDGERHEADREQUEST']._serialized_start=1723
-  _globals['_GETLEDGERHEADREQUEST']._serialized_end=1745
-  _globals['_GETLEDGERHEADRESPONSE']._serialized_start=1747
-  _globals['_GETLEDGERHEADRESPONSE']._serialized_end=1816
-  _globals['_VERIFYLEDGERREQUEST']._serialized_start=1818
-  _globals['_VERIFYLEDGERREQUEST']._serialized_end=1894
-  _globals['_VERIFYLEDGERRESPONSE']._serialized_start=1897
-  _globals['_VERIFYLEDGERRESPONSE']._serialized_end=2065
-  _globals['_USAGESERVICE']._serialized_start=2311
-  _globals['_USAGESERVICE']._serialized_end=2808
+  _globals['_QUERYUSAGEREQUEST']._serialized_end=541
+  _globals['_QUERYUSAGERESPONSE']._serialized_start=543
+  _globals['_QUERYUSAGERESPONSE']._serialized_end=632
+  _globals['_USAGEROW']._serialized_start=635
+  _globals['_USAGEROW']._serialized_end=965
+  _globals['_LISTENTRIESREQUEST']._serialized_start=968
+  _globals['_LISTENTRIESREQUEST']._serialized_end=1184
+  _globals['_LISTENTRIESRESPONSE']._serialized_start=1186
+  _globals['_LISTENTRIESRESPONSE']._serialized_end=1282
+  _globals['_LEDGERENTRY']._serialized_start=1285
+  _globals['_LEDGERENTRY']._serialized_end=1954
+  _globals['_LISTPRICESREQUEST']._serialized_start=1956
+  _globals['_LISTPRICESREQUEST']._serialized_end=2072
+  _globals['_LISTPRICESRESPONSE']._serialized_start=2074
+  _globals['_LISTPRICESRESPONSE']._serialized_end=2184
+  _globals['_LEDGERHEAD']._serialized_start=2186
+  _globals['_LEDGERHEAD']._serialized_end=2230
+  _globals['_GETLEDGERHEADREQUEST']._serialized_start=2232
+  _globals['_GETLEDGERHEADREQUEST']._serialized_end=2254
+  _globals['_GETLEDGERHEADRESPONSE']._serialized_start=2256
+  _globals['_GETLEDGERHEADRESPONSE']._serialized_end=2325
+  _globals['_VERIFYLEDGERREQUEST']._serialized_start=2327
+  _globals['_VERIFYLEDGERREQUEST']._serialized_end=2403
+  _globals['_VERIFYLEDGERRESPONSE']._serialized_start=2406
+  _globals['_VERIFYLEDGERRESPONSE']._serialized_end=2574
+  _globals['_USAGESERVICE']._serialized_start=2850
+  _globals['_USAGESERVICE']._serialized_end=3347
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,8 @@ class _UsageDimensionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UsageD
     """Hour, UTC, as `2026-11-23T17:00:00Z`."""
     USAGE_DIMENSION_DAY: _UsageDimension.ValueType  # 7
     """Day, UTC, as `2026-11-23`."""
+    USAGE_DIMENSION_PROVIDER: _UsageDimension.ValueType  # 8
+    """Provider."""
 
 class UsageDimension(_UsageDimension, metaclass=_UsageDimensionEnumTypeWrapper):
     """UsageDimension is something to group usage by."""
@@ -65,6 +67,8 @@ USAGE_DIMENSION_HOUR: UsageDimension.ValueType  # 6
 """Hour, UTC, as `2026-11-23T17:00:00Z`."""
 USAGE_DIMENSION_DAY: UsageDimension.ValueType  # 7
 """Day, UTC, as `2026-11-23`."""
+USAGE_DIMENSION_PROVIDER: UsageDimension.ValueType  # 8
+"""Provider."""
 Global___UsageDimension: _TypeAlias = UsageDimension  # noqa: Y015
 
 @_typing.final
@@ -82,6 +86,8 @@ class QueryUsageRequest(_message.Message):
     GROUP_BY_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    TASK_TYPE_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """Tenant; empty: all, admin only."""
     project_id: _builtins.str
@@ -93,7 +99,13 @@ class QueryUsageRequest(_message.Message):
     page_size: _builtins.int
     """1 to 1,000. 0: 100."""
     page_token: _builtins.str
-    """From the previous page; empty for the first."""
+    """From the previous page of the same query; empty for the first. It holds the last group and the time range, so that what is posted
+    between two pages neither repeats a group nor hides one, and "now" stays the moment of the first page. One of another query is refused.
+    """
+    provider: _builtins.str
+    """Only this provider; empty: all."""
+    task_type: _receipt_pb2.TaskType.ValueType
+    """Only this task type. Unspecified: all."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """First moment. Absent: 24 hours ago."""
@@ -118,10 +130,12 @@ class QueryUsageRequest(_message.Message):
         group_by: _abc.Iterable[Global___UsageDimension.ValueType] | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        provider: _builtins.str = ...,
+        task_type: _receipt_pb2.TaskType.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "group_by", b"group_by", "key_id", b"key_id", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "project_id", b"project_id", "start_time", b"start_time", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "group_by", b"group_by", "key_id", b"key_id", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "project_id", b"project_id", "provider", b"provider", "start_time", b"start_time", "task_type", b"task_type", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -129,7 +143,7 @@ Global___QueryUsageRequest: _TypeAlias = QueryUsageRequest  # noqa: Y015
 
 @_typing.final
 class QueryUsageResponse(_message.Message):
-    """QueryUsageResponse is a page of sums, ordered by group."""
+    """QueryUsageResponse is a page of sums, ordered by group: texts by their UTF-8 bytes, task types in the order of their enum."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -169,6 +183,9 @@ class UsageRow(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     COST_NANO_USD_FIELD_NUMBER: _builtins.int
     SAVED_NANO_USD_FIELD_NUMBER: _builtins.int
+    SUCCEEDED_COUNT_FIELD_NUMBER: _builtins.int
+    COST_PER_TASK_NANO_USD_FIELD_NUMBER: _builtins.int
+    FALLBACK_SHARE_FIELD_NUMBER: _builtins.int
     request_count: _builtins.int
     """Operations answered."""
     cache_hit_count: _builtins.int
@@ -181,9 +198,17 @@ class UsageRow(_message.Message):
     """Charged, nano-dollars."""
     saved_nano_usd: _builtins.int
     """Saved by the cache, nano-dollars."""
+    succeeded_count: _builtins.int
+    """Operations that succeeded, those from the cache included; without those that were booked to the platform, whose cost isn't in
+    `cost_nano_usd` either.
+    """
+    cost_per_task_nano_usd: _builtins.int
+    """Cost per task: `cost_nano_usd` by `succeeded_count`, rounded down; it carries what failed attempts cost. Absent: nothing succeeded."""
+    fallback_share: _builtins.float
+    """Share of attempts that were fallbacks or retries, 0 to 1: `fallback_count` by `attempt_count`. 0 where no attempt was made."""
     @_builtins.property
     def group_values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Values of the dimensions asked for, in their order."""
+        """Values of the dimensions asked for, in their order. A task type is its name, say `reasoning`; `unspecified` where none was decided."""
 
     @_builtins.property
     def usage(self) -> _answer_pb2.Usage:
@@ -200,12 +225,17 @@ class UsageRow(_message.Message):
         usage: _answer_pb2.Usage | None = ...,
         cost_nano_usd: _builtins.int = ...,
         saved_nano_usd: _builtins.int = ...,
+        succeeded_count: _builtins.int = ...,
+        cost_per_task_nano_usd: _builtins.int | None = ...,
+        fallback_share: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost_per_task_nano_usd", b"_cost_per_task_nano_usd", "cost_per_task_nano_usd", b"cost_per_task_nano_usd", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_count", b"attempt_count", "cache_hit_count", b"cache_hit_count", "cost_nano_usd", b"cost_nano_usd", "fallback_count", b"fallback_count", "group_values", b"group_values", "request_count", b"request_count", "saved_nano_usd", b"saved_nano_usd", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost_per_task_nano_usd", b"_cost_per_task_nano_usd", "attempt_count", b"attempt_count", "cache_hit_count", b"cache_hit_count", "cost_nano_usd", b"cost_nano_usd", "cost_per_task_nano_usd", b"cost_per_task_nano_usd", "fallback_count", b"fallback_count", "fallback_share", b"fallback_share", "group_values", b"group_values", "request_count", b"request_count", "saved_nano_usd", b"saved_nano_usd", "succeeded_count", b"succeeded_count", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__cost_per_task_nano_usd: _TypeAlias = _typing.Literal["cost_per_task_nano_usd"]  # noqa: Y015
+    _WhichOneofArgType__cost_per_task_nano_usd: _TypeAlias = _typing.Literal["_cost_per_task_nano_usd", b"_cost_per_task_nano_usd"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost_per_task_nano_usd) -> _WhichOneofReturnType__cost_per_task_nano_usd | None: ...
 
 Global___UsageRow: _TypeAlias = UsageRow  # noqa: Y015
 
@@ -219,6 +249,9 @@ class ListEntriesRequest(_message.Message):
     OPERATION_ID_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    OLDEST_FIRST_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
     """Tenant; empty: all, admin only."""
     operation_id: _builtins.str
@@ -226,7 +259,17 @@ class ListEntriesRequest(_message.Message):
     page_size: _builtins.int
     """1 to 1,000. 0: 100."""
     page_token: _builtins.str
-    """From the previous page; empty for the first."""
+    """From the previous page, of the same order; empty for the first."""
+    oldest_first: _builtins.bool
+    """Oldest first, for an export: what is posted meanwhile comes at the end. `operation_id` must be empty then."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Only attempts that began at this moment or later; absent: from the first. Only with `oldest_first`."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only attempts that began before this moment; absent: to the last. Only with `oldest_first`."""
+
     def __init__(
         self,
         *,
@@ -234,10 +277,13 @@ class ListEntriesRequest(_message.Message):
         operation_id: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        oldest_first: _builtins.bool = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operation_id", b"operation_id", "page_size", b"page_size", "page_token", b"page_token", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "oldest_first", b"oldest_first", "operation_id", b"operation_id", "page_size", b"page_size", "page_token", b"page_token", "start_time", b"start_time", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -292,6 +338,13 @@ class LedgerEntry(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     FLAGS_FIELD_NUMBER: _builtins.int
     OBSERVED_USAGE_FIELD_NUMBER: _builtins.int
+    TENANT_ID_FIELD_NUMBER: _builtins.int
+    PROJECT_ID_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    TASK_TYPE_FIELD_NUMBER: _builtins.int
+    SAVED_NANO_USD_FIELD_NUMBER: _builtins.int
+    CACHE_STATUS_FIELD_NUMBER: _builtins.int
+    ATTEMPT_NUMBER_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Place in the journal, from 1, without gaps."""
     attempt_id: _builtins.str
@@ -312,6 +365,20 @@ class LedgerEntry(_message.Message):
     """Price that it was charged by."""
     outcome: _receipt_pb2.AttemptOutcome.ValueType
     """How the attempt ended."""
+    tenant_id: _builtins.str
+    """Tenant that the request was of."""
+    project_id: _builtins.str
+    """Its project."""
+    provider: _builtins.str
+    """Provider that was asked."""
+    task_type: _receipt_pb2.TaskType.ValueType
+    """Kind of task."""
+    saved_nano_usd: _builtins.int
+    """Saved by the cache, nano-dollars."""
+    cache_status: _receipt_pb2.CacheStatus.ValueType
+    """The hit of the cache that this is; unspecified: it is an attempt."""
+    attempt_number: _builtins.int
+    """Number of the attempt within its operation, from 1."""
     @_builtins.property
     def usage(self) -> _answer_pb2.Usage:
         """Usage as billed."""
@@ -354,10 +421,17 @@ class LedgerEntry(_message.Message):
         outcome: _receipt_pb2.AttemptOutcome.ValueType = ...,
         flags: _abc.Iterable[_builtins.str] | None = ...,
         observed_usage: _answer_pb2.Usage | None = ...,
+        tenant_id: _builtins.str = ...,
+        project_id: _builtins.str = ...,
+        provider: _builtins.str = ...,
+        task_type: _receipt_pb2.TaskType.ValueType = ...,
+        saved_nano_usd: _builtins.int = ...,
+        cache_status: _receipt_pb2.CacheStatus.ValueType = ...,
+        attempt_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["observed_usage", b"observed_usage", "post_time", b"post_time", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nano_usd", b"amount_nano_usd", "attempt_id", b"attempt_id", "credit_account", b"credit_account", "debit_account", b"debit_account", "flags", b"flags", "key_id", b"key_id", "model", b"model", "observed_usage", b"observed_usage", "operation_id", b"operation_id", "outcome", b"outcome", "post_time", b"post_time", "price_version", b"price_version", "sequence", b"sequence", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_nano_usd", b"amount_nano_usd", "attempt_id", b"attempt_id", "attempt_number", b"attempt_number", "cache_status", b"cache_status", "credit_account", b"credit_account", "debit_account", b"debit_account", "flags", b"flags", "key_id", b"key_id", "model", b"model", "observed_usage", b"observed_usage", "operation_id", b"operation_id", "outcome", b"outcome", "post_time", b"post_time", "price_version", b"price_version", "project_id", b"project_id", "provider", b"provider", "saved_nano_usd", b"saved_nano_usd", "sequence", b"sequence", "start_time", b"start_time", "task_type", b"task_type", "tenant_id", b"tenant_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

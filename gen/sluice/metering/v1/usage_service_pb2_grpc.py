@@ -74,7 +74,7 @@ class UsageServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListEntries(self, request, context):
-        """Lists ledger entries, newest first. Idempotent.
+        """Lists ledger entries, newest first or oldest first. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

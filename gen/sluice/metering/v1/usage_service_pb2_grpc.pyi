@@ -36,7 +36,7 @@ class UsageServiceStub:
     QueryUsage: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.QueryUsageRequest, _usage_service_pb2.QueryUsageResponse]
     """Sums usage over a time, by groups. Idempotent."""
     ListEntries: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.ListEntriesRequest, _usage_service_pb2.ListEntriesResponse]
-    """Lists ledger entries, newest first. Idempotent."""
+    """Lists ledger entries, newest first or oldest first. Idempotent."""
     ListPrices: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.ListPricesRequest, _usage_service_pb2.ListPricesResponse]
     """Lists prices in force at a moment. Idempotent."""
     VerifyLedger: _grpc.UnaryUnaryMultiCallable[_usage_service_pb2.VerifyLedgerRequest, _usage_service_pb2.VerifyLedgerResponse]
@@ -56,7 +56,7 @@ class UsageServiceAsyncStub(UsageServiceStub):
     QueryUsage: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.QueryUsageRequest, _usage_service_pb2.QueryUsageResponse]  # type: ignore[assignment]
     """Sums usage over a time, by groups. Idempotent."""
     ListEntries: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.ListEntriesRequest, _usage_service_pb2.ListEntriesResponse]  # type: ignore[assignment]
-    """Lists ledger entries, newest first. Idempotent."""
+    """Lists ledger entries, newest first or oldest first. Idempotent."""
     ListPrices: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.ListPricesRequest, _usage_service_pb2.ListPricesResponse]  # type: ignore[assignment]
     """Lists prices in force at a moment. Idempotent."""
     VerifyLedger: _aio.UnaryUnaryMultiCallable[_usage_service_pb2.VerifyLedgerRequest, _usage_service_pb2.VerifyLedgerResponse]  # type: ignore[assignment]
@@ -85,7 +85,7 @@ class UsageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _usage_service_pb2.ListEntriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_usage_service_pb2.ListEntriesResponse, _abc.Awaitable[_usage_service_pb2.ListEntriesResponse]]:
-        """Lists ledger entries, newest first. Idempotent."""
+        """Lists ledger entries, newest first or oldest first. Idempotent."""
 
     @_abc_1.abstractmethod
     def ListPrices(
