@@ -86,7 +86,7 @@ def _sums(events: Sequence[Settlement]) -> Sums:
 
 
 async def _told(store: Store) -> Sums:
-    rows = await store.usage(UsageFilter(), ("tenant", "key", "model"), 0, 1000)
+    rows = await store.usage(UsageFilter(), ("tenant", "key", "model"), (), 1000)
     return {(row.group[0], row.group[1], row.group[2]): (row.attempts, row.cost, row.input_tokens) for row in rows}
 
 
