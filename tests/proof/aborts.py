@@ -23,10 +23,11 @@ from services.runtime.errors import Failure, Reason
 from services.runtime.status import failure_from_rpc
 from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2
 from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
-from sluice.metering.v1 import tenancy_service_pb2, usage_service_pb2
+from sluice.metering.v1 import usage_service_pb2
 from tests.proof.callers import Address, addresses
-from tests.proof.oracle import GATEWAYS, QUIET_SECONDS, reservations, seconds_held
+from tests.proof.oracle import GATEWAYS
 from tests.proof.registry import Context, Result
+from tests.proof.tenants import QUIET_SECONDS, account, reservations, seconds_held
 from tests.running import Running, default_catalogue, running
 
 CHUNKS: Final = 50
@@ -104,24 +105,6 @@ _SECTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     # Scripted failures must reach the provider, not a breaker.
     "execution": {"breaker_failures": 1000, "breaker_calls": 100_000},
 }
-
-
-def _account(client: Client, tenant_id: str, budget: int) -> str:
-    """Makes a tenant; the secret of its key."""
-    limits = tenancy_service_pb2.Limits(
-        budget_nano_usd=budget, requests_per_minute=-1, tokens_per_minute=-1, concurrency=_CONCURRENCY
-    )
-    key = tenancy_service_pb2.Key(tenant_id=tenant_id, scopes=["inference"])
-    with failures():
-        client.tenancy.CreateTenant(
-            tenancy_service_pb2.CreateTenantRequest(tenant=tenancy_service_pb2.Tenant(id=tenant_id, limits=limits)),
-            timeout=_CALL_SECONDS,
-            metadata=client.as_admin,
-        )
-        made = client.tenancy.CreateKey(
-            tenancy_service_pb2.CreateKeyRequest(key=key), timeout=_CALL_SECONDS, metadata=client.as_admin
-        )
-    return str(made.secret)
 
 
 class _Aborters:
@@ -404,7 +387,10 @@ def _mesh(context: Context) -> Iterator[tuple[Running, Client, list[str]]]:
         running("mesh", sections=sections, catalogue=_catalogue(), replicas={"gateway": GATEWAYS}) as started,
         started.client() as client,
     ):
-        secrets = [_account(client, "sliced", _SLICED_BUDGET), _account(client, "single", _SINGLE_BUDGET)]
+        secrets = [
+            account(client, "sliced", budget=_SLICED_BUDGET, concurrency=_CONCURRENCY),
+            account(client, "single", budget=_SINGLE_BUDGET, concurrency=_CONCURRENCY),
+        ]
         yield started, client, secrets
 
 

@@ -16,17 +16,17 @@ from typing import Any, Final
 import grpc
 import uvloop
 
-from services.cli.client import Client, failures
+from services.cli.client import Client
 from services.runtime.errors import Reason
 from services.runtime.status import failure_from_rpc
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
 from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
-from sluice.metering.v1 import tenancy_service_pb2
 from tests.proof.callers import addresses
+from tests.proof.oracle import GATEWAYS
 from tests.proof.registry import Context, Result
+from tests.proof.tenants import QUIET_SECONDS, account, balance
 from tests.running import Running, default_catalogue, running
 
-GATEWAYS: Final = 3
 CALLERS: Final = 500
 WORTH: Final = 100
 """Requests that a budget is worth."""
@@ -42,7 +42,6 @@ _SECONDS: Final = 0.2
 """That an answer takes."""
 _CALL_SECONDS: Final = 30.0
 _NO_MONEY: Final = Reason.BUDGET_EXHAUSTED.value
-_QUIET_SECONDS: Final = 60.0
 _MOST_RACES: Final = 10
 _SECTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
     "metering": {"bootstrap_requests_per_minute": -1, "bootstrap_concurrency": -1}
@@ -72,30 +71,6 @@ def _mesh() -> Iterator[tuple[Running, Client]]:
         started.client() as client,
     ):
         yield started, client
-
-
-def _account(client: Client, tenant_id: str, budget: int) -> str:
-    """Makes a tenant whose only limit is its budget; the secret of its key."""
-    limits = tenancy_service_pb2.Limits(budget_nano_usd=budget, requests_per_minute=-1, tokens_per_minute=-1, concurrency=-1)
-    key = tenancy_service_pb2.Key(tenant_id=tenant_id, scopes=["inference"])
-    with failures():
-        tenant = tenancy_service_pb2.Tenant(id=tenant_id, limits=limits)
-        client.tenancy.CreateTenant(
-            tenancy_service_pb2.CreateTenantRequest(tenant=tenant), timeout=_CALL_SECONDS, metadata=client.as_admin
-        )
-        made = client.tenancy.CreateKey(
-            tenancy_service_pb2.CreateKeyRequest(key=key), timeout=_CALL_SECONDS, metadata=client.as_admin
-        )
-    return str(made.secret)
-
-
-def _balance(client: Client, tenant_id: str) -> tuple[int, int]:
-    """Nano-dollars spent and held."""
-    with failures():
-        tenant = client.tenancy.GetTenant(
-            tenancy_service_pb2.GetTenantRequest(tenant_id=tenant_id), timeout=_CALL_SECONDS, metadata=client.as_admin
-        )
-    return tenant.tenant.balance.spent_nano_usd, tenant.tenant.balance.held_nano_usd
 
 
 @dataclass(slots=True)
@@ -164,9 +139,9 @@ def budget_race(context: Context) -> Result:
     """
     rounds = context.size(long=20, short=4)
     with _mesh() as (started, client):
-        secrets = [_account(client, f"race-{number}", WORTH * _HOLD) for number in range(rounds)]
+        secrets = [account(client, f"race-{number}", budget=WORTH * _HOLD) for number in range(rounds)]
         results = uvloop.run(_races(context, [address.grpc for address in addresses(started)], secrets))
-        balances = [_balance(client, f"race-{number}") for number in range(rounds)]
+        balances = [balance(client, f"race-{number}") for number in range(rounds)]
     admitted = [result.admitted for result in results]
     others = sum((result.outcomes for result in results), Counter())
     del others["answered"], others[_NO_MONEY]
@@ -203,10 +178,10 @@ def budget_reuse(context: Context) -> Result:
     budget = WORTH * _HOLD
     with _mesh() as (started, client):
         names = [f"reuse-{number}" for number in range(rounds)]
-        secrets = [_account(client, name, budget) for name in names]
+        secrets = [account(client, name, budget=budget) for name in names]
         targets = [address.grpc for address in addresses(started)]
         results = uvloop.run(_reuses(context, client, targets, list(zip(names, secrets, strict=True))))
-        balances = [_balance(client, name) for name in names]
+        balances = [balance(client, name) for name in names]
     used = [spent / budget for spent, _ in balances]
     overshoot = max(0, *(spent - budget for spent, _ in balances))
     false_refusals = [refusal for result in results for refusal in result]
@@ -235,9 +210,9 @@ async def _reuses(
                     if (await callers.race(secret, _LONG, streaming=number % 2 == 1)).outcomes[_NO_MONEY]:
                         break
                 step()
-        ends = time.monotonic() + _QUIET_SECONDS
+        ends = time.monotonic() + QUIET_SECONDS
         for name, _ in accounts:
-            while (await asyncio.to_thread(_balance, client, name))[1] and time.monotonic() < ends:
+            while (await asyncio.to_thread(balance, client, name))[1] and time.monotonic() < ends:
                 await asyncio.sleep(0.5)
         with context.track("rounds, when all is quiet", len(accounts)) as step:
             for number, (name, secret) in enumerate(accounts):
@@ -251,7 +226,7 @@ async def _after_quiescence(callers: _Callers, client: Client, name: str, secret
     refusals = []
     for gateway in range(GATEWAYS):
         while True:
-            spent, held = await asyncio.to_thread(_balance, client, name)
+            spent, held = await asyncio.to_thread(balance, client, name)
             left = WORTH * _HOLD - spent - held
             # Half of what is left covers all of them, so none may be refused; in the end one after another.
             at_once = max(1, left // (2 * _HOLD))

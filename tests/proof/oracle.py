@@ -7,7 +7,6 @@ import contextlib
 import os
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -24,18 +23,17 @@ from services.cli.client import Client, failures, pages
 from services.cli.state import Secrets
 from services.runtime.errors import Failure
 from sluice.inference.v1 import receipt_pb2
-from sluice.metering.v1 import tenancy_service_pb2, usage_service_pb2
+from sluice.metering.v1 import usage_service_pb2
 from tests.proof import provider
 from tests.proof.callers import Ask, Callers, Outcome, addresses
 from tests.proof.redelivery import Redelivery
 from tests.proof.registry import Context, Result
+from tests.proof.tenants import QUIET_SECONDS, account, reservations, seconds_held
 from tests.running import ROOT, Running, default_catalogue, running
 
 GATEWAYS: Final = 3
 KILL_SECONDS: Final = 4.0
 LEAST_IN_FLIGHT: Final = 30
-QUIET_SECONDS: Final = 60.0
-"""After which no money may be held."""
 _RATE: Final = 60.0
 _SHORT_RATE: Final = 20.0
 """Of the short form: requests a second, so that fewer of them meet as many kills."""
@@ -101,63 +99,6 @@ def mesh(url: str) -> Iterator[Running]:
     """A mesh with GATEWAYS gateways whose models include the oracle's."""
     with running("mesh", sections=_SECTIONS, catalogue=_catalogue(url), replicas={"gateway": GATEWAYS}) as started:
         yield started
-
-
-def _second_tenant(client: Client) -> str:
-    """A tenant each of whose requests has a hold of its own; the secret of its key."""
-    limits = tenancy_service_pb2.Limits(budget_nano_usd=_SINGLE, requests_per_minute=-1, tokens_per_minute=-1, concurrency=-1)
-    tenant = tenancy_service_pb2.Tenant(id="single", display_name="Single", limits=limits)
-    key = tenancy_service_pb2.Key(tenant_id="single", display_name="Single", scopes=["inference"])
-    with failures():
-        client.tenancy.CreateTenant(
-            tenancy_service_pb2.CreateTenantRequest(tenant=tenant), timeout=_CALL_SECONDS, metadata=client.as_admin
-        )
-        made = client.tenancy.CreateKey(
-            tenancy_service_pb2.CreateKeyRequest(key=key), timeout=_CALL_SECONDS, metadata=client.as_admin
-        )
-    return str(made.secret)
-
-
-def held(client: Client) -> int:
-    """Nano-dollars held at all accounts of all tenants."""
-    amount = 0
-    tenancy, admin = client.tenancy, client.as_admin
-    for page in pages(tenancy.ListTenants, tenancy_service_pb2.ListTenantsRequest(), admin, _CALL_SECONDS):
-        for tenant in page.tenants:
-            amount += tenant.balance.held_nano_usd
-            projects = tenancy_service_pb2.ListProjectsRequest(tenant_id=tenant.id)
-            keys = tenancy_service_pb2.ListKeysRequest(tenant_id=tenant.id)
-            for some in pages(tenancy.ListProjects, projects, admin, _CALL_SECONDS):
-                amount += sum(project.balance.held_nano_usd for project in some.projects)
-            for few in pages(tenancy.ListKeys, keys, admin, _CALL_SECONDS):
-                amount += sum(key.balance.held_nano_usd for key in few.keys)
-    return amount
-
-
-async def seconds_held(client: Client) -> float | None:
-    """Until no money is held any more; None: it still is after QUIET_SECONDS."""
-    began = time.monotonic()
-    while time.monotonic() - began < QUIET_SECONDS:
-        if not await asyncio.to_thread(held, client):
-            return time.monotonic() - began
-        await asyncio.sleep(0.5)
-    return None
-
-
-def reservations(started: Running) -> list[str]:
-    """Holds and leases that are open, for the message of a failure."""
-    (path,) = started.directory.rglob("ledger.db")
-    now = time.time()
-    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-        holds = connection.execute("SELECT id, tenant_id, amount, expire_time FROM holds WHERE state = 'open'").fetchall()
-        leases = connection.execute("SELECT id, tenant_id, outstanding, expire_time, slot, incarnation FROM leases").fetchall()
-    return [
-        *(f"held: {name} of {tenant}, {amount}, for {until - now:.0f} s" for name, tenant, amount, until in holds),
-        *(
-            f"held: {name} of {tenant}, {left}, for {until - now:.0f} s, by {slot}.{of}"
-            for name, tenant, left, until, slot, of in leases
-        ),
-    ]
 
 
 def entries_of(client: Client) -> list[usage_service_pb2.LedgerEntry]:
@@ -321,7 +262,7 @@ def oracle_kills(context: Context) -> Result:
     least_kills = context.size(long=40, short=6)
     with oracle() as (url, bill), mesh(url) as started, started.client() as client:
         ready = started.ready
-        asks = _asks(number, (ready.key, _second_tenant(client)))
+        asks = _asks(number, (ready.key, account(client, "single", budget=_SINGLE)))
         outcomes, kills, again = uvloop.run(_loaded(context, started, asks))
         held_seconds = uvloop.run(seconds_held(client))
         reserved = [] if held_seconds is not None else reservations(started)

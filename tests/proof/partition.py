@@ -16,15 +16,15 @@ from typing import Any, Final
 import grpc
 import uvloop
 
-from services.cli.client import Client, failures
+from services.cli.client import Client
 from services.runtime.errors import Reason
 from services.runtime.status import failure_from_rpc
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
 from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
-from sluice.metering.v1 import tenancy_service_pb2
 from tests.proof.callers import Address, addresses
-from tests.proof.oracle import GATEWAYS, held, seconds_held
+from tests.proof.oracle import GATEWAYS
 from tests.proof.registry import Context, Result
+from tests.proof.tenants import account, balance, held, seconds_held
 from tests.running import Running, default_catalogue, running
 
 _MODEL: Final = "echo/flat"
@@ -103,12 +103,12 @@ def partition(context: Context) -> Result:
         running("mesh", sections=sections, catalogue=_catalogue(), replicas={"gateway": GATEWAYS}) as started,
         started.client() as client,
     ):
-        paid = _account(client, "paid", budget=worth * _COST)
-        rated = _account(client, "rated", rate=_RATE)
-        crashed = _account(client, "crashed", budget=_CRASHED_WORTH * _COST)
+        paid = account(client, "paid", budget=worth * _COST)
+        rated = account(client, "rated", rate=_RATE)
+        crashed = account(client, "crashed", budget=_CRASHED_WORTH * _COST)
         loads, recovery = uvloop.run(_loaded(context, started, times, paid, rated))
         crash_seconds, used = uvloop.run(_crashed(started, client, crashed))
-        spent = _spent(client, "paid")
+        spent = balance(client, "paid")[0]
     by_money, by_rate = loads
     overshoot = max(0, spent - worth * _COST, len(by_money.answered) * _COST - worth * _COST)
     uncharged = max(0, len(by_money.answered) * _COST - spent)
@@ -153,30 +153,6 @@ def _catalogue() -> dict[str, Any]:
         "price": {"input": "0", "output": "0", "request": str(_COST / 1_000_000_000)},
     }
     return catalogue
-
-
-def _account(client: Client, tenant_id: str, *, budget: int | None = None, rate: int = -1) -> str:
-    """Makes a tenant; the secret of its key."""
-    limits = tenancy_service_pb2.Limits(budget_nano_usd=budget, requests_per_minute=rate, tokens_per_minute=-1, concurrency=-1)
-    key = tenancy_service_pb2.Key(tenant_id=tenant_id, scopes=["inference"])
-    with failures():
-        client.tenancy.CreateTenant(
-            tenancy_service_pb2.CreateTenantRequest(tenant=tenancy_service_pb2.Tenant(id=tenant_id, limits=limits)),
-            timeout=_CALL_SECONDS,
-            metadata=client.as_admin,
-        )
-        made = client.tenancy.CreateKey(
-            tenancy_service_pb2.CreateKeyRequest(key=key), timeout=_CALL_SECONDS, metadata=client.as_admin
-        )
-    return str(made.secret)
-
-
-def _spent(client: Client, tenant_id: str) -> int:
-    with failures():
-        tenant = client.tenancy.GetTenant(
-            tenancy_service_pb2.GetTenantRequest(tenant_id=tenant_id), timeout=_CALL_SECONDS, metadata=client.as_admin
-        )
-    return int(tenant.tenant.balance.spent_nano_usd)
 
 
 @contextlib.asynccontextmanager

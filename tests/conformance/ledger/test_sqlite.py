@@ -62,9 +62,10 @@ class SqliteMachine(LedgerMachine):
         return SqliteDatabase(Path(resources.enter_context(tempfile.TemporaryDirectory())))
 
 
+@pytest.mark.timeout(400)
 class TestSqliteMachine(SqliteMachine.TestCase):  # type: ignore[valid-type,misc]  # made by hypothesis at run time
     # The same examples every time, so that a run of the suite says the same twice.
-    settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None)
+    settings = settings(max_examples=500, stateful_step_count=50, deadline=None, derandomize=True, database=None)
 
 
 async def test_a_second_process_may_not_use_the_file(tmp_path: Path) -> None:
