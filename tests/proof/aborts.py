@@ -22,9 +22,8 @@ from services.cli.client import Client, failures, pages
 from services.runtime.errors import Failure, Reason
 from services.runtime.status import failure_from_rpc
 from sluice.inference.v1 import answer_pb2, conversation_pb2, inference_service_pb2
-from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
 from sluice.metering.v1 import usage_service_pb2
-from tests.proof.callers import Address, addresses
+from tests.proof.callers import Address, addresses, stubs
 from tests.proof.oracle import GATEWAYS
 from tests.proof.registry import Context, Result
 from tests.proof.tenants import QUIET_SECONDS, account, reservations, seconds_held
@@ -51,7 +50,6 @@ _LIMITED: Final = frozenset({Reason.BUDGET_EXHAUSTED, Reason.RATE_LIMITED, Reaso
 _LATE: Final = ("DEADLINE_EXCEEDED", Reason.PROVIDER_TIMEOUT.value, Reason.ALL_CANDIDATES_FAILED.value)
 _REPORTED: Final = 77
 """Output tokens that the provider reports of an answer whose stream was left."""
-_RECONNECT: Final = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
 
 
 class Kind(enum.Enum):
@@ -114,13 +112,11 @@ class _Aborters:
         self._gateways = gateways
         self._secrets = secrets
         self._stack = contextlib.AsyncExitStack()
-        self._stubs: list[Any] = []
+        self._stubs: Sequence[Any] = ()
         self._random = random.Random(9)
 
     async def __aenter__(self) -> _Aborters:
-        for gateway in self._gateways:
-            channel = grpc.aio.insecure_channel(gateway.grpc, options=_RECONNECT)
-            self._stubs.append(InferenceServiceStub(await self._stack.enter_async_context(channel)))
+        self._stubs = await self._stack.enter_async_context(stubs(self._gateways))
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -53,6 +53,16 @@ def addresses(started: Running) -> list[Address]:
     return found
 
 
+@contextlib.asynccontextmanager
+async def stubs(gateways: Sequence[Address]) -> AsyncIterator[list[Any]]:
+    """A stub of each gateway, whose channel finds one that was started again within half a second."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield [
+            InferenceServiceStub(await stack.enter_async_context(grpc.aio.insecure_channel(gateway.grpc, options=_RECONNECT)))
+            for gateway in gateways
+        ]
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What a caller wants."""
@@ -106,13 +116,11 @@ class Callers:
         self.in_flight = 0
         self._gateways = gateways
         self._stack = contextlib.AsyncExitStack()
-        self._stubs: list[Any] = []
+        self._stubs: Sequence[Any] = ()
         self._random = random.Random(4)
 
     async def __aenter__(self) -> Callers:
-        for gateway in self._gateways:
-            channel = grpc.aio.insecure_channel(gateway.grpc, options=_RECONNECT)
-            self._stubs.append(InferenceServiceStub(await self._stack.enter_async_context(channel)))
+        self._stubs = await self._stack.enter_async_context(stubs(self._gateways))
         return self
 
     async def __aexit__(self, *_: object) -> None:

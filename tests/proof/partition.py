@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,8 +20,7 @@ from services.cli.client import Client
 from services.runtime.errors import Reason
 from services.runtime.status import failure_from_rpc
 from sluice.inference.v1 import conversation_pb2, inference_service_pb2
-from sluice.inference.v1.inference_service_pb2_grpc import InferenceServiceStub
-from tests.proof.callers import Address, addresses
+from tests.proof.callers import addresses, stubs
 from tests.proof.oracle import GATEWAYS
 from tests.proof.registry import Context, Result
 from tests.proof.tenants import account, balance, held, seconds_held
@@ -44,7 +43,6 @@ _CRASHED_WORTH: Final = 120
 _CALL_SECONDS: Final = 10.0
 """More than the gateway waits for metering: then its refusals say why."""
 _RECOVERY_SECONDS: Final = 5.0
-_RECONNECT: Final = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,15 +153,6 @@ def _catalogue() -> dict[str, Any]:
     return catalogue
 
 
-@contextlib.asynccontextmanager
-async def _stubs(gateways: Sequence[Address]) -> AsyncIterator[list[Any]]:
-    async with contextlib.AsyncExitStack() as stack:
-        yield [
-            InferenceServiceStub(await stack.enter_async_context(grpc.aio.insecure_channel(gateway.grpc, options=_RECONNECT)))
-            for gateway in gateways
-        ]
-
-
 async def _ask(stub: Any, secret: str, number: int) -> str:
     """Empty: answered; else the reason of the refusal."""
     message = conversation_pb2.Message(role=conversation_pb2.ROLE_USER, parts=[conversation_pb2.Part(text=str(number))])
@@ -204,10 +193,10 @@ async def _loaded(
 ) -> tuple[tuple[_Load, _Load], float]:
     """What became of both loads, and the seconds from metering's coming back to the next answer."""
     total = int(_PAID_EACH_SECOND * times.total) + int(_RATED_EACH_SECOND * times.total)
-    async with _stubs(addresses(started)) as stubs:
+    async with stubs(addresses(started)) as targets:
         with context.track("requests", total) as step:
-            by_money = asyncio.create_task(_asking(stubs, paid, _PAID_EACH_SECOND, times.total, step))
-            by_rate = asyncio.create_task(_asking(stubs, rated, _RATED_EACH_SECOND, times.total, step))
+            by_money = asyncio.create_task(_asking(targets, paid, _PAID_EACH_SECOND, times.total, step))
+            by_rate = asyncio.create_task(_asking(targets, rated, _RATED_EACH_SECOND, times.total, step))
             await asyncio.sleep(times.before)
             pid = started.ready.pids["metering"]
             os.kill(pid, signal.SIGSTOP)
@@ -225,16 +214,16 @@ async def _loaded(
 async def _crashed(started: Running, client: Client, secret: str) -> tuple[float | None, int]:
     """Seconds until nothing is held after all gateways were killed, and the requests that the budget was good for in all."""
     used = 0
-    async with _stubs(addresses(started)) as stubs:
+    async with stubs(addresses(started)) as targets:
         for number in range(2 * GATEWAYS):
-            used += not await _ask(stubs[number % GATEWAYS], secret, number)
+            used += not await _ask(targets[number % GATEWAYS], secret, number)
         for name, pid in started.ready.pids.items():
             if name.partition("-")[0] == "gateway":
                 os.kill(pid, signal.SIGKILL)
         held_seconds = await seconds_held(client)
         ends = time.monotonic() + 60.0
         for number in itertools.count():
-            said = await _ask(stubs[number % GATEWAYS], secret, number)
+            said = await _ask(targets[number % GATEWAYS], secret, number)
             used += not said
             if time.monotonic() > ends:
                 break

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 import pytest
 
@@ -15,15 +16,20 @@ from tests.unit.gateway.fakes import World, down
 
 
 @contextlib.asynccontextmanager
-async def working(world: World) -> AsyncIterator[None]:
-    """The worker runs meanwhile."""
-    task = asyncio.create_task(world.leases.refill_forever())
+async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """A worker runs meanwhile."""
+    task = asyncio.create_task(work)
     try:
         yield
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+
+def working(world: World) -> contextlib.AbstractAsyncContextManager[None]:
+    """The worker of the leases runs meanwhile."""
+    return running(world.leases.refill_forever())
 
 
 async def eventually(condition: object) -> None:

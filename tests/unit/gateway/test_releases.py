@@ -4,26 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 
 import pytest
 
 from services.gateway import releases
 from services.runtime.errors import Failure, Reason
 from tests.unit.gateway.fakes import World, down
-from tests.unit.gateway.test_leases import eventually
-
-
-@contextlib.asynccontextmanager
-async def releasing(world: World) -> AsyncIterator[None]:
-    """The worker runs meanwhile."""
-    task = asyncio.create_task(world.releases.release_forever())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+from tests.unit.gateway.test_leases import eventually, running
 
 
 async def test_holds_are_freed_and_the_queue_is_bounded() -> None:
@@ -31,7 +18,7 @@ async def test_holds_are_freed_and_the_queue_is_bounded() -> None:
     for number in range(12):
         world.releases.void(f"hold-{number}", may_have_run=number == 3)
     assert world.releases.dropped_count == 2
-    async with releasing(world):
+    async with running(world.releases.release_forever()):
         await eventually(lambda: len(world.metering.asked("VoidHold")) == 10)
     asked = world.metering.asked("VoidHold")
     assert [request.hold_id for request in asked] == [f"hold-{number}" for number in range(10)]
@@ -44,7 +31,7 @@ async def test_what_cannot_be_freed_waits_until_metering_is_back(monkeypatch: py
     world.metering.failures["VoidHold"] = down("metering")
     world.releases.void("hold-1")
     world.releases.give_back("acme", "lease-1", 7)
-    async with releasing(world):
+    async with running(world.releases.release_forever()):
         await eventually(lambda: len(world.metering.asked("VoidHold")) > 2)
         del world.metering.failures["VoidHold"]
         await eventually(lambda: world.metering.asked("ReturnLease"))
@@ -69,7 +56,7 @@ async def test_what_metering_refuses_is_not_asked_again() -> None:
 async def test_a_lost_hold_that_is_not_there_yet_is_looked_for_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(releases, "_ON_ITS_WAY", 0.02)
     world = World()
-    async with releasing(world):
+    async with running(world.releases.release_forever()):
         world.releases.void_lost("hold-1")
         await eventually(lambda: len(world.metering.asked("VoidHold")) == 1)
         await asyncio.sleep(0.1)
